@@ -1,0 +1,187 @@
+"""The state contract: cutting a sequence anywhere changes nothing. And the official names, sizes and formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lengthgen as lg
+
+MODELS = {
+    "mamba2": dict(layer="mamba2", d_state=6, headdim=4, ngroups=2),
+    "gla": dict(layer="gla", num_heads=2),
+}
+EXACT = 1e-9  # float64: only the order of additions differs
+
+
+def make_model(name, **changes):
+    torch.manual_seed(0)
+    config = dict(vocab_size=11, d_model=8, n_layer=2, backend="chunked") | MODELS[name] | changes
+    model = lg.LanguageModel(lg.ModelConfig(**config)).double()
+    with torch.no_grad():  # so that every weight matters: the gate's bias, for one, starts at zero
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def random_state(model, B):
+    return lg.map_state(lambda x: torch.randn_like(x).requires_grad_(), model.zero_state(B))
+
+
+def tensors(state):
+    return [x for layer in state for x in layer if x is not None]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cuts", [[20], [1] * 37, [36], [3, 1, 1, 17, 2], [5, 30]])
+def test_cutting_anywhere_changes_nothing(name, cuts):
+    model, T = make_model(name), 37
+    tokens = torch.randint(0, 11, (3, T))
+    weight = torch.randn(3, T, 11, dtype=torch.float64)
+    start = random_state(model, 3)
+    end_weights = [torch.randn_like(x) for x in tensors(start)]
+
+    def run(lengths):
+        state, logits = start, []
+        for piece in tokens.split(lengths, dim=1):
+            out, state = model(piece, state)
+            logits.append(out)
+        logits = torch.cat(logits, 1)
+        loss = (logits * weight).sum() + sum(
+            (x * w).sum() for x, w in zip(tensors(state), end_weights, strict=True)
+        )
+        inputs = [*model.parameters(), *tensors(start)]
+        return [logits, *tensors(state), *torch.autograd.grad(loss, inputs)]
+
+    lengths = cuts + ([T - sum(cuts)] if sum(cuts) < T else [])
+    for whole, cut in zip(run([T]), run(lengths), strict=True):
+        assert (whole - cut).abs().max() <= EXACT * max(1, whole.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_state_is_a_state_of_zeros_bit_for_bit(name):
+    model = make_model(name).float()
+    tokens = torch.randint(0, 11, (2, 9))
+    (a, state_a), (b, state_b) = model(tokens), model(tokens, model.zero_state(2))
+    assert torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip(tensors(state_a), tensors(state_b), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_is_not_edited(name):
+    model = make_model(name)
+    state = random_state(model, 2)
+    before = [x.clone() for x in tensors(state)]
+    model(torch.randint(0, 11, (2, 9)), state)
+    assert all(torch.equal(x, y) for x, y in zip(before, tensors(state), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_and_definition_give_the_same_model(name):
+    tokens = torch.randint(0, 11, (2, 40))
+    chunked, recurrent = make_model(name), make_model(name, backend="recurrent")
+    assert (chunked(tokens)[0] - recurrent(tokens)[0]).abs().max() < EXACT
+
+
+def test_the_mamba2_layer_is_the_published_formula():
+    """One layer, one step at a time, straight from the equations; groups 2, so the gated norm is per group."""
+    model = make_model("mamba2", n_layer=1)
+    w = dict(model.state_dict())
+    tokens = torch.randint(0, 11, (1, 12))
+
+    def norm(x, weight, eps=1e-5):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+    H, V, K, G, d_inner = 4, 4, 6, 2, 16
+    m = "backbone.layers.0.mixer."
+    S = torch.zeros(H, K, V, dtype=torch.float64)
+    window = torch.zeros(4, d_inner + 2 * G * K, dtype=torch.float64)
+    for t in range(12):
+        x = w["backbone.embedding.weight"][tokens[0, t]]
+        h = w[m + "in_proj.weight"] @ norm(x, w["backbone.layers.0.norm.weight"])
+        z, xBC, dt = h[:d_inner], h[d_inner : 2 * d_inner + 2 * G * K], F.softplus(h[-H:] + w[m + "dt_bias"])
+        window = torch.cat([window[1:], xBC[None]])
+        xBC = F.silu((window * w[m + "conv1d.weight"][:, 0].T).sum(0) + w[m + "conv1d.bias"])
+        xs, Bs, Cs = xBC[:d_inner].view(H, V), xBC[d_inner:-12].view(G, K), xBC[-12:].view(G, K)
+        y = torch.zeros(H, V, dtype=torch.float64)
+        for head in range(H):
+            g = head // (H // G)
+            a = torch.exp(-dt[head] * w[m + "A_log"][head].exp())
+            S[head] = a * S[head] + dt[head] * torch.outer(Bs[g], xs[head])
+            y[head] = S[head].T @ Cs[g] + w[m + "D"][head] * xs[head]
+        y = (y.flatten() * F.silu(z)).view(G, -1)
+        y = norm(y, 1.0).flatten() * w[m + "norm.weight"]
+        x = norm(x + w[m + "out_proj.weight"] @ y, w["backbone.norm_f.weight"])
+        logits = (w["lm_head.weight"] @ x)[:11]
+        assert (model(tokens[:, : t + 1])[0][0, -1] - logits).abs().max() < EXACT
+
+
+def test_the_gla_layer_is_the_published_formula():
+    model = make_model("gla", n_layer=1)
+    w = {name.replace("model.layers.0.", ""): x for name, x in model.state_dict().items()}
+    tokens = torch.randint(0, 11, (1, 12))
+
+    def norm(x, weight, eps=1e-6):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+    H, K, V = 2, 2, 4
+    S = torch.zeros(H, K, V, dtype=torch.float64)
+    for t in range(12):
+        x = w["model.embeddings.weight"][tokens[0, t]]
+        h = norm(x, w["attn_norm.weight"])
+        q, k, v, g = (w[f"attn.{n}_proj.weight"] @ h for n in "qkvg")
+        gate = w["attn.gk_proj.1.weight"] @ (w["attn.gk_proj.0.weight"] @ h) + w["attn.gk_proj.1.bias"]
+        a = torch.sigmoid(gate).view(H, K) ** (1 / 16)
+        S = a[..., None] * S + k.view(H, K, 1) * v.view(H, 1, V)
+        o = (S * q.view(H, K, 1)).sum(1) * K**-0.5
+        o = norm(o, w["attn.g_norm_swish_gate.weight"]).flatten() * F.silu(g)
+        x = x + w["attn.o_proj.weight"] @ o
+        h = norm(x, w["mlp_norm.weight"])
+        h = F.silu(w["mlp.gate_proj.weight"] @ h) * (w["mlp.up_proj.weight"] @ h)
+        x = norm(x + w["mlp.down_proj.weight"] @ h, w["model.norm.weight"])
+        assert (model(tokens[:, : t + 1])[0][0, -1] - w["lm_head.weight"] @ x).abs().max() < EXACT
+
+
+@pytest.mark.parametrize(
+    "d_model, n_layer, parameters",
+    [(768, 24, 128_989_632), (1024, 48, 368_346_624), (1536, 48, 780_161_280), (2048, 48, 1_343_757_312)],
+)
+def test_official_sizes_have_the_published_number_of_parameters(d_model, n_layer, parameters):
+    with torch.device("meta"):
+        model = lg.LanguageModel(lg.ModelConfig(d_model=d_model, n_layer=n_layer))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.lm_head.weight is model.backbone["embedding"].weight
+
+
+def test_weights_start_as_the_official_ones_do():
+    torch.manual_seed(0)
+    mixer = lg.LanguageModel(lg.ModelConfig(vocab_size=500, d_model=256, n_layer=4)).backbone["layers"][
+        0
+    ].mixer
+    dt, A = F.softplus(mixer.dt_bias), mixer.A_log.exp()
+    assert dt.min() >= 0.99e-4 and dt.max() <= 0.101 and A.min() >= 1 and A.max() <= 16
+    bound = mixer.d_inner**-0.5 / 4**0.5  # Kaiming-uniform, divided by sqrt(n_layer)
+    assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
+    gla = lg.LanguageModel(lg.ModelConfig(layer="gla", vocab_size=500, d_model=256, n_layer=2))
+    assert all(abs(p.std() - 0.02) < 0.002 for p in gla.parameters() if p.dim() == 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_tokens_and_states_are_named(name):
+    model = make_model(name)
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    good = model.zero_state(2)
+    for bad, message in (
+        ((tokens + 11,), "token 11 is outside the vocabulary of 11"),
+        ((tokens - 1,), "token -1 is outside"),
+        ((tokens[:, :0],), r"tokens must be \(B, T\) with T >= 1"),
+        ((tokens, good[:1]), "state has 1 layers, expected 2"),
+        ((tokens, model.zero_state(3)), r"state\[0\]\.\w+ has shape \(3, .*expected \(2, "),
+        ((tokens, [good[0], good[1]._replace(scan=good[1].scan[..., :1])]), r"state\[1\]\.scan has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*bad)
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(ValueError, match="unknown model 'transformer', expected one of mamba2"):
+        lg.ModelConfig(layer="transformer")
