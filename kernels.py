@@ -19,6 +19,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton exists for Linux only; everything but triton_scan works without
+    triton = None
+
 
 def _check(q, k, v, log_a, state):
     """Raise a ValueError that names the argument which does not fit; returns B, T, G, H, K, V."""
@@ -149,6 +155,289 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     inside = (scores @ v.transpose(3, 4)).transpose(3, 4)
     o = (inside + before).transpose(2, 3).reshape(B, n * L, H, V)[:, pad:]
     return o.to(out_dtype), S.transpose(2, 3).reshape(B, H, K, V)
+
+
+if triton is not None:
+
+    @triton.jit
+    def scan_kernel(
+        q, k, v, b, enter, o, leave, own, w, anchor, dlog_a,
+        T, segment,
+        enter_b, enter_s, enter_h, enter_k, enter_v, leave_b, leave_s, leave_h, leave_k, leave_v,
+        H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr, HX: tl.constexpr,
+        K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+        REVERSE: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """One program: one (batch, segment, head, BLOCK value columns), chunk by chunk, the state in registers."""
+        BLOCKS: tl.constexpr = V // BLOCK
+        dtype: tl.constexpr = q.dtype.element_ty  # of the operands of tl.dot; sums are float32
+        pid = tl.program_id(0).to(tl.int64)  # a 1-d grid: the other axes stop at 65535
+        i_h = pid // BLOCKS % H
+        segments = tl.cdiv(T, segment)
+        i_s = pid // (BLOCKS * H) % segments
+        i_b = pid // (BLOCKS * H) // segments
+        t = tl.arange(0, L)
+        c_k = tl.arange(0, K)
+        c_v = (pid % BLOCKS * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+        start = i_s * segment
+        end = tl.minimum(start + segment, T)
+
+        # tensors are (B, T, heads, size): step to this batch and head
+        q += (i_b * T * HQ + i_h // (H // HQ)) * K
+        k += (i_b * T * HK + i_h // (H // HK)) * K
+        v += (i_b * T * HV + i_h // (H // HV)) * V
+        if DECAY == "scalar":
+            b += i_b * T * HB + i_h // (H // HB)
+        elif DECAY == "key":
+            b += (i_b * T * HB + i_h // (H // HB)) * K
+        else:
+            b += (i_b * T * HB + i_h // (H // HB)) * V
+        enter += i_b * enter_b + i_s * enter_s + i_h * enter_h
+        S = tl.load(enter + c_k[:, None] * enter_k + c_v[None, :] * enter_v).to(tl.float32)
+        if anchor is not None:
+            tail = tl.load(anchor + ((i_b * segments + i_s) * H + i_h) * V + c_v)
+            if DECAY == "scalar":
+                tail = tl.sum(tail, 0, keep_dims=True)
+
+        chunks = tl.cdiv(end - start, L)
+        for i in range(chunks):
+            if REVERSE:
+                t0 = start + (chunks - 1 - i) * L
+            else:
+                t0 = start + i * L
+            n = tl.minimum(end - t0, L).to(tl.int32)
+            real = t[:, None] < n
+            inner = t[:, None] < (end - 1 - t0).to(tl.int32)  # all but the last step of the segment
+            q_t = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K) + c_k[None, :], mask=real, other=0.0)
+            k_t = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K) + c_k[None, :], mask=real, other=0.0)
+            v_t = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V) + c_v[None, :], mask=real, other=0.0)
+            row = tl.minimum(t, n - 1)  # rows past the end repeat the last b: a 0 would be e^(+large)
+            if DECAY == "scalar":
+                b_t = tl.load(b + (t0 + row) * HB)[:, None]
+                b_L = tl.load(b + (t0 + n - 1) * HB)
+            elif DECAY == "key":
+                b_t = tl.load(b + t0 * (HB * K) + row[:, None] * (HB * K) + c_k[None, :])
+                b_L = tl.load(b + (t0 + n - 1) * (HB * K) + c_k)[:, None]
+            else:
+                b_t = tl.load(b + t0 * (HB * V) + row[:, None] * (HB * V) + c_v[None, :])
+                b_L = tl.load(b + (t0 + n - 1) * (HB * V) + c_v)[None, :]
+            if DECAY == "key":
+                to_L = tl.trans(b_L) - b_t
+            else:
+                to_L = b_L - b_t
+            if REVERSE:
+                c_in, c_out = tl.exp2(to_L), tl.exp2(b_t)
+                earlier = t[:, None] < t[None, :]
+            else:
+                c_in, c_out = tl.exp2(b_t), tl.exp2(to_L)
+                earlier = t[:, None] > t[None, :]
+
+            if o is not None:
+                # from the state that enters
+                if DECAY == "key":
+                    y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision=PRECISION)
+                else:
+                    y = tl.dot(q_t, S.to(dtype), input_precision=PRECISION) * c_in
+                # from the earlier steps of this chunk
+                if DECAY == "scalar":
+                    gap = b_t - tl.trans(b_t)
+                    if REVERSE:
+                        gap = -gap
+                    decay = tl.exp2(tl.where(earlier, gap, float("-inf")))  # mask, then exponentiate
+                    A = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION) * decay
+                    y = tl.dot(A.to(dtype), v_t, y, input_precision=PRECISION)
+                else:
+                    if DECAY == "key":
+                        A = tl.zeros([L, L], dtype=tl.float32)
+                    else:
+                        A = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+                    for level in tl.static_range(LEVELS):
+                        half = 1 << level
+                        mid = tl.minimum((t | (2 * half - 1)) - half, n - 1)
+                        if DECAY == "key":
+                            b_mid = tl.load(b + t0 * (HB * K) + mid[:, None] * (HB * K) + c_k[None, :])
+                        else:
+                            b_mid = tl.load(b + t0 * (HB * V) + mid[:, None] * (HB * V) + c_v[None, :])
+                        second = t & half != 0
+                        to_mid = tl.exp2(tl.where(second[:, None], b_t - b_mid, b_mid - b_t))
+                        pair = earlier & (t[:, None] // (2 * half) == t[None, :] // (2 * half))
+                        pair &= t[:, None] // half != t[None, :] // half
+                        if DECAY == "key":
+                            q_mid, k_mid = (q_t * to_mid).to(dtype), (k_t * to_mid).to(dtype)
+                            A += tl.where(pair, tl.dot(q_mid, tl.trans(k_mid), input_precision=PRECISION), 0.0)
+                        else:
+                            A_mid, v_mid = tl.where(pair, A, 0.0).to(dtype), (v_t * to_mid).to(dtype)
+                            y += tl.dot(A_mid, v_mid, input_precision=PRECISION) * to_mid
+                    if DECAY == "key":
+                        y = tl.dot(A.to(dtype), v_t, y, input_precision=PRECISION)
+                # from the step itself, which no decay touches
+                same = tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True)
+                p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
+                tl.store(o + p_o, (y + same * v_t).to(o.dtype.element_ty), mask=real)
+
+            if w is not None:
+                x_t = tl.load(
+                    own + ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + c_v[None, :],
+                    mask=real, other=0.0,
+                )  # fmt: skip
+                z = y * x_t
+                if DECAY == "scalar":
+                    z = tl.sum(z, 1, keep_dims=True)
+                    p_w = ((i_b * H + i_h) * BLOCKS + pid % BLOCKS) * T + t0 + t[:, None]
+                else:
+                    p_w = p_o
+                if anchor is None:
+                    tl.store(w + p_w, z, mask=real)
+                    k_t = tl.where(inner, k_t, 0.0)  # the anchor is the state before the last k v^T
+                else:
+                    d = tl.load(w + p_w, mask=real, other=0.0) - tl.where(inner, z, 0.0)
+                    tl.store(dlog_a + p_w, tl.cumsum(d, 0, reverse=True) + tail[None, :], mask=real)
+                    tail += tl.sum(d, 0)
+
+            if DECAY == "key":
+                k_t = (k_t * c_out).to(dtype)
+            else:
+                v_t = (v_t * c_out).to(dtype)
+            S = tl.dot(tl.trans(k_t), v_t, S * tl.exp2(b_L), input_precision=PRECISION)
+
+        if leave is not None:
+            leave += i_b * leave_b + i_s * leave_s + i_h * leave_h
+            tl.store(leave + c_k[:, None] * leave_k + c_v[None, :] * leave_v, S)
+
+
+def _call(q, k, v, b, enter, o=None, leave=None, own=None, w=None, anchor=None, dlog_a=None, *, decay, reverse=False, tile):  # fmt: skip
+    """Launch the kernel: one row of the table above. enter, leave (B, segments, H, K, V) of any strides."""
+    (B, segments, H, K, V), T = enter.shape, q.shape[1]
+    chunk, block, segment, num_warps = tile
+    block = min(block, V)
+    scan_kernel[(B * segments * H * (V // block),)](
+        q, k, v, b, enter, o, leave, own, w, anchor, dlog_a, T, segment,
+        *enter.stride(), *(enter if leave is None else leave).stride(),
+        H=H, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], HB=b.shape[2], HX=1 if own is None else own.shape[2],
+        K=K, V=V, L=chunk, LEVELS=chunk.bit_length() - 1, BLOCK=block,
+        REVERSE=reverse, DECAY=decay, PRECISION="ieee", num_warps=num_warps, num_stages=2,
+    )  # fmt: skip
+
+
+def _zeros(like, *shape):
+    """One float32 zero seen as `shape`: reading it costs nothing."""
+    return like.new_zeros((), dtype=torch.float32).expand(shape)
+
+
+def _entering(k, v, b, state, decay, tile, reverse=False):
+    """The state that enters each segment (B, segments, H, K, V), and the one that leaves the last (None if one segment)."""
+    (B, H, K, V), T = state.shape, k.shape[1]
+    chunk, _, segment, _ = tile
+    segments = triton.cdiv(T, segment)
+    if segments == 1:
+        return state[:, None], None
+    edges = state.new_empty(B, segments + 1, H, K, V)
+    enter, leave = (edges[:, 1:], edges[:, :-1]) if reverse else (edges[:, :-1], edges[:, 1:])
+    _call(k, k, v, b, _zeros(k, *enter.shape), leave=leave, decay=decay, reverse=reverse, tile=tile)
+    b_L = b[:, [min(t, T) - 1 for t in range(chunk, T + chunk, chunk)]]
+    a = torch.stack([x.sum(1).exp2() for x in b_L.split(segment // chunk, 1)], 1).repeat_interleave(H // b.shape[2], 2)
+    a = a[..., None, None] if decay == "scalar" else a[..., None]
+    edges[:, -1 if reverse else 0] = state
+    for i in reversed(range(segments)) if reverse else range(segments):
+        leave[:, i] += a[:, i] * enter[:, i]
+    return enter, edges[:, 0 if reverse else -1].clone()
+
+
+@torch.library.custom_op("lengthgen::scan_forward", mutates_args=())
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_a: torch.Tensor, state: torch.Tensor, tile: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    T, chunk = q.shape[1], tile[0]
+    b = F.pad(log_a.float() * math.log2(math.e), (0, 0) * (log_a.dim() - 2) + (0, -T % chunk))
+    b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
+    decay = "scalar" if b.dim() == 3 else "key"
+    enter, final = _entering(k, v, b, state, decay, tile)
+    o, leave = torch.empty_like(v), None
+    if final is None:
+        final = state.new_empty(state.shape)
+        leave = final[:, None]
+    _call(q, k, v, b, enter, o, leave, decay=decay, tile=tile)
+    return o, final, b
+
+
+@torch.library.custom_op("lengthgen::scan_backward", mutates_args=())
+def _backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor, state: torch.Tensor,
+    do: torch.Tensor, dfinal: torch.Tensor, tile: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
+    B, T, H, K = *v.shape[:3], q.shape[3]
+    rows, columns = ("scalar", "scalar") if b.dim() == 3 else ("key", "value")
+    S, _ = _entering(k, v, b, state, rows, tile)
+    R, dstate = _entering(q, do, b, dfinal, rows, tile, reverse=True)
+    leave = None
+    if dstate is None:
+        dstate = state.new_empty(state.shape)
+        leave = dstate[:, None]
+    shape = (B, H, K // min(K, tile[1]), T) if rows == "scalar" else (B, T, H, K)
+    w, dlog_a = b.new_empty(shape), b.new_empty(shape)
+    dq, dk, dv, last = q.new_empty(B, T, H, K), k.new_empty(B, T, H, K), torch.empty_like(v), S.new_empty(S.shape)
+    St, Rt = S.transpose(-1, -2), R.transpose(-1, -2)
+    _call(do, v, k, b, St, dq, last.transpose(-1, -2), q, w, decay=columns, tile=tile)
+    anchor = (last * R).sum(-1)
+    _call(v, do, q, b, Rt, dk, None, k, w, anchor, dlog_a, decay=columns, reverse=True, tile=tile)
+    _call(k, q, do, b, R, dv, leave, decay=rows, reverse=True, tile=tile)
+    if rows == "scalar":
+        dlog_a = dlog_a.sum(2).transpose(1, 2)
+
+    def total(d, heads):  # over the heads that share one q, k or log_a
+        return d if d.shape[2] == heads else d.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(d.dtype)
+
+    return total(dq, q.shape[2]), total(dk, k.shape[2]), dv, total(dlog_a, b.shape[2]).contiguous(), dstate
+
+
+@_forward.register_fake
+def _(q, k, v, log_a, state, tile):
+    return torch.empty_like(v), state.new_empty(state.shape), log_a.new_empty(log_a.shape)
+
+
+@_backward.register_fake
+def _(q, k, v, b, state, do, dfinal, tile):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, b, state))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, _, state, ctx.tile = inputs
+    ctx.save_for_backward(q, k, v, output[2], state)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, do, dfinal, _):
+    q, k, v, b, state = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dfinal = _zeros(state, *state.shape) if dfinal is None else dfinal
+    return *torch.ops.lengthgen.scan_backward(q, k, v, b, state, do, dfinal, ctx.tile), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def triton_scan(q, k, v, log_a, state=None, chunk=None, block=64, segments=None, num_warps=4):
+    """TODO"""
+    B, T, G, H, K, V = _check(q, k, v, log_a, state)
+    if chunk is None:
+        chunk = 16
+    split = triton.cdiv(V, 128)
+    K_, V_ = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(triton.cdiv(V, split)))
+    chunks = triton.cdiv(T, chunk)
+    segment = triton.cdiv(chunks, segments or 1) * chunk
+    pad_k = lambda x: F.pad(x, (0, K_ - K)) if K_ != K else x
+    v = F.pad(v, (0, split * V_ - V)).reshape(B, T, H * split, V_)
+    if state is None:
+        state = _zeros(q, B, H * split, K_, V_)
+    else:
+        state = F.pad(state.float(), (0, split * V_ - V, 0, K_ - K))
+        state = state.unflatten(3, (split, V_)).transpose(2, 3).reshape(B, H * split, K_, V_)
+    log_a = log_a.float() if log_a.dim() == 3 else pad_k(log_a.float())
+    o, final, _ = _forward(pad_k(q), pad_k(k), v, log_a, state, [chunk, block, segment, num_warps])
+    final = final.unflatten(1, (H, split)).transpose(2, 3).reshape(B, H, K_, split * V_)
+    return o.reshape(B, T, H, split * V_)[..., :V], final[:, :, :K, :V]
 
 
 BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan}
