@@ -15,10 +15,14 @@ initial state, and flow in from the final state. Bad shapes raise a ValueError t
 """
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: runs the kernel on a CPU, slowly
 try:
     import triton
     import triton.language as tl
@@ -33,11 +37,11 @@ def _check(q, k, v, log_a, state):
             f"q must be (B, T, G, K) and v (B, T, H, V), got {tuple(q.shape)} and {tuple(v.shape)}"
         )
     (B, T, G, K), (H, V) = q.shape, v.shape[2:]
-    if T < 1:
-        raise ValueError(f"q has {T} steps, expected at least one")
+    if min(q.shape) < 1 or min(v.shape) < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}, expected no size below 1")
     if H % G:
         raise ValueError(f"v has {H} heads, which {G} groups of q cannot share evenly")
-    expected = {"k": (k, [(B, T, G, K)]), "v": (v, [(B, T, H, V)])}
+    expected = {"q": (q, [(B, T, G, K)]), "k": (k, [(B, T, G, K)]), "v": (v, [(B, T, H, V)])}
     expected |= {"log_a": (log_a, [(B, T, H), (B, T, H, K)])}
     if state is not None:
         expected["state"] = state, [(B, H, K, V)]
@@ -45,7 +49,20 @@ def _check(q, k, v, log_a, state):
         if tuple(x.shape) not in shapes:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {' or '.join(map(str, shapes))}")
         if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, expected {q.device} like q")
+            raise ValueError(f"{name} {tuple(x.shape)} is on {x.device}, expected {q.device} like q")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} {tuple(x.shape)} is {x.dtype}, expected a floating-point dtype")
+        if (
+            name in "kv" and x.dtype != q.dtype
+        ):  # log_a and state may differ: they are computed in float32 at least
+            raise ValueError(f"{name} {tuple(x.shape)} is {x.dtype}, expected {q.dtype} like q")
+    # on a GPU this look would make the host wait for the device at every call
+    if (
+        log_a.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and (worst := log_a.detach().max()) > 0
+    ):
+        raise ValueError(f"log_a {tuple(log_a.shape)} reaches {worst:.3g}, expected no log decay above 0")
     return B, T, G, H, K, V
 
 
@@ -157,239 +174,153 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     return o.to(out_dtype), S.transpose(2, 3).reshape(B, H, K, V)
 
 
-if triton is not None:
+def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=None):
+    """The same as one fused GPU kernel that is its own gradient. Shapes as at the top of this file.
 
-    @triton.jit
-    def scan_kernel(
-        q, k, v, b, enter, o, leave, own, w, anchor, dlog_a,
-        T, segment,
-        enter_b, enter_s, enter_h, enter_k, enter_v, leave_b, leave_s, leave_h, leave_k, leave_v,
-        H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr, HX: tl.constexpr,
-        K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
-        REVERSE: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """One program: one (batch, segment, head, BLOCK value columns), chunk by chunk, the state in registers."""
-        BLOCKS: tl.constexpr = V // BLOCK
-        dtype: tl.constexpr = q.dtype.element_ty  # of the operands of tl.dot; sums are float32
-        pid = tl.program_id(0).to(tl.int64)  # a 1-d grid: the other axes stop at 65535
-        i_h = pid // BLOCKS % H
-        segments = tl.cdiv(T, segment)
-        i_s = pid // (BLOCKS * H) % segments
-        i_b = pid // (BLOCKS * H) // segments
-        t = tl.arange(0, L)
-        c_k = tl.arange(0, K)
-        c_v = (pid % BLOCKS * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
-        start = i_s * segment
-        end = tl.minimum(start + segment, T)
+    Write dS_t for the gradient of the loss with respect to S_t, through everything that comes after, D for the gradient
+    that arrives at the final state, and dO_t for the one that arrives at o_t. Differentiating the recurrence gives
 
-        # tensors are (B, T, heads, size): step to this batch and head
-        q += (i_b * T * HQ + i_h // (H // HQ)) * K
-        k += (i_b * T * HK + i_h // (H // HK)) * K
-        v += (i_b * T * HV + i_h // (H // HV)) * V
-        if DECAY == "scalar":
-            b += i_b * T * HB + i_h // (H // HB)
-        elif DECAY == "key":
-            b += (i_b * T * HB + i_h // (H // HB)) * K
-        else:
-            b += (i_b * T * HB + i_h // (H // HB)) * V
-        enter += i_b * enter_b + i_s * enter_s + i_h * enter_h
-        S = tl.load(enter + c_k[:, None] * enter_k + c_v[None, :] * enter_v).to(tl.float32)
-        if anchor is not None:
-            tail = tl.load(anchor + ((i_b * segments + i_s) * H + i_h) * V + c_v)
-            if DECAY == "scalar":
-                tail = tl.sum(tail, 0, keep_dims=True)
+        dS_t = q_t dO_t^T + R_t        R_t = diag(a_{t+1}) dS_{t+1}        R_T = D
+        dq_t = S_t dO_t        dk_t = dS_t v_t        dv_t = dS_t^T k_t        dstate = R_0 = diag(a_1) dS_1
 
-        chunks = tl.cdiv(end - start, L)
-        for i in range(chunks):
-            if REVERSE:
-                t0 = start + (chunks - 1 - i) * L
-            else:
-                t0 = start + i * L
-            n = tl.minimum(end - t0, L).to(tl.int32)
-            real = t[:, None] < n
-            inner = t[:, None] < (end - 1 - t0).to(tl.int32)  # all but the last step of the segment
-            q_t = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K) + c_k[None, :], mask=real, other=0.0)
-            k_t = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K) + c_k[None, :], mask=real, other=0.0)
-            v_t = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V) + c_v[None, :], mask=real, other=0.0)
-            row = tl.minimum(t, n - 1)  # rows past the end repeat the last b: a 0 would be e^(+large)
-            if DECAY == "scalar":
-                b_t = tl.load(b + (t0 + row) * HB)[:, None]
-                b_L = tl.load(b + (t0 + n - 1) * HB)
-            elif DECAY == "key":
-                b_t = tl.load(b + t0 * (HB * K) + row[:, None] * (HB * K) + c_k[None, :])
-                b_L = tl.load(b + (t0 + n - 1) * (HB * K) + c_k)[:, None]
-            else:
-                b_t = tl.load(b + t0 * (HB * V) + row[:, None] * (HB * V) + c_v[None, :])
-                b_L = tl.load(b + (t0 + n - 1) * (HB * V) + c_v)[None, :]
-            if DECAY == "key":
-                to_L = tl.trans(b_L) - b_t
-            else:
-                to_L = b_L - b_t
-            if REVERSE:
-                c_in, c_out = tl.exp2(to_L), tl.exp2(b_t)
-                earlier = t[:, None] < t[None, :]
-            else:
-                c_in, c_out = tl.exp2(b_t), tl.exp2(to_L)
-                earlier = t[:, None] > t[None, :]
+    The first line is the recurrence again, in reverse time; the second reads a state as o_t = S_t^T q_t does. So one
+    kernel, "carry k v^T in a decaying state, read it with q", is called four times with the roles swapped:
 
-            if o is not None:
-                # from the state that enters
-                if DECAY == "key":
-                    y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision=PRECISION)
-                else:
-                    y = tl.dot(q_t, S.to(dtype), input_precision=PRECISION) * c_in
-                # from the earlier steps of this chunk
-                if DECAY == "scalar":
-                    gap = b_t - tl.trans(b_t)
-                    if REVERSE:
-                        gap = -gap
-                    decay = tl.exp2(tl.where(earlier, gap, float("-inf")))  # mask, then exponentiate
-                    A = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION) * decay
-                    y = tl.dot(A.to(dtype), v_t, y, input_precision=PRECISION)
-                else:
-                    if DECAY == "key":
-                        A = tl.zeros([L, L], dtype=tl.float32)
-                    else:
-                        A = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
-                    for level in tl.static_range(LEVELS):
-                        half = 1 << level
-                        mid = tl.minimum((t | (2 * half - 1)) - half, n - 1)
-                        if DECAY == "key":
-                            b_mid = tl.load(b + t0 * (HB * K) + mid[:, None] * (HB * K) + c_k[None, :])
-                        else:
-                            b_mid = tl.load(b + t0 * (HB * V) + mid[:, None] * (HB * V) + c_v[None, :])
-                        second = t & half != 0
-                        to_mid = tl.exp2(tl.where(second[:, None], b_t - b_mid, b_mid - b_t))
-                        pair = earlier & (t[:, None] // (2 * half) == t[None, :] // (2 * half))
-                        pair &= t[:, None] // half != t[None, :] // half
-                        if DECAY == "key":
-                            q_mid, k_mid = (q_t * to_mid).to(dtype), (k_t * to_mid).to(dtype)
-                            A += tl.where(pair, tl.dot(q_mid, tl.trans(k_mid), input_precision=PRECISION), 0.0)
-                        else:
-                            A_mid, v_mid = tl.where(pair, A, 0.0).to(dtype), (v_t * to_mid).to(dtype)
-                            y += tl.dot(A_mid, v_mid, input_precision=PRECISION) * to_mid
-                    if DECAY == "key":
-                        y = tl.dot(A.to(dtype), v_t, y, input_precision=PRECISION)
-                # from the step itself, which no decay touches
-                same = tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True)
-                p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
-                tl.store(o + p_o, (y + same * v_t).to(o.dtype.element_ty), mask=real)
+        call      q    k    v    starts from        time     decay acts on    gives
+        forward   q    k    v    state              forward  key rows         o, final state
+        dq        dO   v    k    state transposed   forward  value columns    dq
+        dk        v    dO   q    D transposed       reverse  value columns    dk
+        dv        k    q    dO   D                  reverse  key rows         dv, and dstate as its final state
 
-            if w is not None:
-                x_t = tl.load(
-                    own + ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + c_v[None, :],
-                    mask=real, other=0.0,
-                )  # fmt: skip
-                z = y * x_t
-                if DECAY == "scalar":
-                    z = tl.sum(z, 1, keep_dims=True)
-                    p_w = ((i_b * H + i_h) * BLOCKS + pid % BLOCKS) * T + t0 + t[:, None]
-                else:
-                    p_w = p_o
-                if anchor is None:
-                    tl.store(w + p_w, z, mask=real)
-                    k_t = tl.where(inner, k_t, 0.0)  # the anchor is the state before the last k v^T
-                else:
-                    d = tl.load(w + p_w, mask=real, other=0.0) - tl.where(inner, z, 0.0)
-                    tl.store(dlog_a + p_w, tl.cumsum(d, 0, reverse=True) + tail[None, :], mask=real)
-                    tail += tl.sum(d, 0)
+    One program owns `block` value columns of one head and walks through the chunks with its K x block state in registers:
+    no state goes to memory, nothing is added atomically, every run gives the same bits. Inside a chunk of L steps, with
+    b_t = log a_1 + ... + log a_t, "earlier" in the call's own time, and S the state that enters:
 
-            if DECAY == "key":
-                k_t = (k_t * c_out).to(dtype)
-            else:
-                v_t = (v_t * c_out).to(dtype)
-            S = tl.dot(tl.trans(k_t), v_t, S * tl.exp2(b_L), input_precision=PRECISION)
+        o_t = sum_{s earlier or t} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t        S' = e^(b_L) S + sum_s c_out(s) k_s v_s^T
 
-        if leave is not None:
-            leave += i_b * leave_b + i_s * leave_s + i_h * leave_h
-            tl.store(leave + c_k[:, None] * leave_k + c_v[None, :] * leave_v, S)
+                  decay(s, t)      c_in(t)          c_out(s)
+        forward   e^(b_t - b_s)    e^(b_t)          e^(b_L - b_s)
+        reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
+
+    No exponent is ever positive. One decay per head: decay(s, t) is a matrix. One per channel: the halving of
+    _scores_vector, log2(L) masked matmuls.
+
+    The decay's gradient needs no fifth call. By definition d log a_t = sum_V (diag(a_t) S_{t-1}) * dS_t, and between
+    neighbours everything cancels but what q reads and what k writes, other than at the step itself:
+
+        d log a_t = d log a_{t+1} + q_t * (dq_t - own) - k_t * (dk_t - own)        own: the part from s = t, equal in both
+
+    (summed over K with one decay per head). The dq call stores the first product in float32; the dk call, in reverse time
+    anyway, subtracts the second and sums. It starts from the definition at t = T, the state before the last k v^T times D.
+
+    Few heads and a long sequence would leave most of a GPU idle, so T is cut into `segments` that run side by side: a call
+    without output gives what each adds to the state, a short loop chains them, and the sum for d log a starts afresh in each.
+
+    q, k, v are all float32, bfloat16 or float16; sums, decays and states are float32; o is in v's dtype. K is at most 256;
+    sizes that are no power of two are padded, to at least 16: with V = 1 (Mamba-1) v becomes as large as log_a.
+    None lets the function choose `chunk` (a power of two >= 16), `block` (the same) and `segments`. On a CPU this runs only
+    in Triton's interpreter. Raises ValueError for what it cannot take, ImportError without Triton.
+    """
+    B, T, G, H, K, V = _check(q, k, v, log_a, state)
+    if triton is None:
+        raise ImportError("triton_scan needs the triton package, which is not installed: use chunked_scan")
+    if reason := _unfit(q, K):
+        raise ValueError(f"{reason}: use chunked_scan")
+    half, vector = q.dtype != torch.float32, log_a.dim() == 4
+    chunk = chunk or (64 if half and not vector else 16)
+    block = block or (32 if vector else 64 if half else 16)
+    for name, size in {"chunk": chunk, "block": block}.items():
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{name} is {size}, expected a power of two of at least 16")
+
+    parts = triton.cdiv(V, 128)  # V = 256 becomes two heads of 128 with the same q, k, log_a
+    K_, V_ = (max(16, triton.next_power_of_2(size)) for size in (K, triton.cdiv(V, parts)))
+    wider_k, wider_v = K_ - K, parts * V_ - V
+    q, k = F.pad(q, (0, wider_k)), F.pad(k, (0, wider_k))
+    v = F.pad(v, (0, wider_v)).reshape(B, T, H * parts, V_)
+    log_a = F.pad(log_a.float(), (0, wider_k)) if vector else log_a.float()
+    if state is None:
+        state = _zeros(q, B, H * parts, K_, V_)
+    else:
+        state = F.pad(state.float(), (0, wider_v, 0, wider_k)).unflatten(3, (parts, V_))
+        state = state.transpose(2, 3).reshape(B, H * parts, K_, V_)
+    if segments is None:
+        segments = 1
+        if (
+            q.is_cuda
+        ):  # two programs for each multiprocessor; below three segments the extra call costs what it gains
+            wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
+            wanted = min(wanted // (B * H * parts * max(1, V_ // block)), T // 1024)
+            segments = wanted if wanted > 2 else 1
+    segment = triton.cdiv(triton.cdiv(T, chunk), segments) * chunk
+
+    o, final, _ = _forward(q, k, v, log_a, state, [chunk, block, segment])
+    final = final.unflatten(1, (H, parts)).transpose(2, 3).reshape(B, H, K_, parts * V_)
+    return o.reshape(B, T, H, parts * V_)[..., :V], final[:, :, :K, :V]
 
 
-def _call(q, k, v, b, enter, o=None, leave=None, own=None, w=None, anchor=None, dlog_a=None, *, decay, reverse=False, tile):  # fmt: skip
-    """Launch the kernel: one row of the table above. enter, leave (B, segments, H, K, V) of any strides."""
-    (B, segments, H, K, V), T = enter.shape, q.shape[1]
-    chunk, block, segment, num_warps = tile
-    block = min(block, V)
-    scan_kernel[(B * segments * H * (V // block),)](
-        q, k, v, b, enter, o, leave, own, w, anchor, dlog_a, T, segment,
-        *enter.stride(), *(enter if leave is None else leave).stride(),
-        H=H, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], HB=b.shape[2], HX=1 if own is None else own.shape[2],
-        K=K, V=V, L=chunk, LEVELS=chunk.bit_length() - 1, BLOCK=block,
-        REVERSE=reverse, DECAY=decay, PRECISION="ieee", num_warps=num_warps, num_stages=2,
-    )  # fmt: skip
+def _unfit(q, K):
+    """Why triton_scan cannot take these inputs, or None."""
+    interpreted = not isinstance(scan_kernel, triton.JITFunction)
+    if q.dtype == torch.float64:
+        return "q is torch.float64, but the kernel computes in float32"
+    if q.dtype == torch.bfloat16 and interpreted:
+        return "q is torch.bfloat16, which Triton's interpreter multiplies wrongly"
+    if K > 256:
+        return f"q has K = {K}, but the kernel's state has room for K = 256"
+    if not (q.is_cuda or interpreted):
+        return f"q is on {q.device}, but the kernel needs an NVIDIA GPU or TRITON_INTERPRET=1 set before Triton is imported"
 
 
 def _zeros(like, *shape):
-    """One float32 zero seen as `shape`: reading it costs nothing."""
+    """One float32 zero seen as `shape`, all strides 0: reading it costs no bandwidth."""
     return like.new_zeros((), dtype=torch.float32).expand(shape)
 
 
-def _entering(k, v, b, state, decay, tile, reverse=False):
-    """The state that enters each segment (B, segments, H, K, V), and the one that leaves the last (None if one segment)."""
-    (B, H, K, V), T = state.shape, k.shape[1]
-    chunk, _, segment, _ = tile
-    segments = triton.cdiv(T, segment)
-    if segments == 1:
-        return state[:, None], None
-    edges = state.new_empty(B, segments + 1, H, K, V)
-    enter, leave = (edges[:, 1:], edges[:, :-1]) if reverse else (edges[:, :-1], edges[:, 1:])
-    _call(k, k, v, b, _zeros(k, *enter.shape), leave=leave, decay=decay, reverse=reverse, tile=tile)
-    b_L = b[:, [min(t, T) - 1 for t in range(chunk, T + chunk, chunk)]]
-    a = torch.stack([x.sum(1).exp2() for x in b_L.split(segment // chunk, 1)], 1).repeat_interleave(H // b.shape[2], 2)
-    a = a[..., None, None] if decay == "scalar" else a[..., None]
-    edges[:, -1 if reverse else 0] = state
-    for i in reversed(range(segments)) if reverse else range(segments):
-        leave[:, i] += a[:, i] * enter[:, i]
-    return enter, edges[:, 0 if reverse else -1].clone()
-
-
-@torch.library.custom_op("lengthgen::scan_forward", mutates_args=())
+@torch.library.custom_op(
+    "lengthgen::scan_forward", mutates_args=()
+)  # opaque to torch.compile: no graph break
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_a: torch.Tensor, state: torch.Tensor, tile: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, state: Tensor, tile: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state, and b in base 2: log_a summed within each chunk, for the gradient. tile: chunk, block, segment."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     T, chunk = q.shape[1], tile[0]
-    b = F.pad(log_a.float() * math.log2(math.e), (0, 0) * (log_a.dim() - 2) + (0, -T % chunk))
+    b = F.pad(log_a * math.log2(math.e), (0, 0) * (log_a.dim() - 2) + (0, -T % chunk))
     b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
     decay = "scalar" if b.dim() == 3 else "key"
-    enter, final = _entering(k, v, b, state, decay, tile)
-    o, leave = torch.empty_like(v), None
-    if final is None:
-        final = state.new_empty(state.shape)
-        leave = final[:, None]
-    _call(q, k, v, b, enter, o, leave, decay=decay, tile=tile)
+    o, enter, final, leave = torch.empty_like(v), *_chain(k, v, b, state, tile, decay)
+    _call(q, k, v, b, enter, tile, decay, o=o, leave=leave)
     return o, final, b
 
 
 @torch.library.custom_op("lengthgen::scan_backward", mutates_args=())
 def _backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor, state: torch.Tensor,
-    do: torch.Tensor, dfinal: torch.Tensor, tile: list[int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, state: Tensor, do: Tensor, dfinal: Tensor, tile: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, log_a and state."""
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
-    B, T, H, K = *v.shape[:3], q.shape[3]
+    (B, T, H, V), K = v.shape, q.shape[3]
     rows, columns = ("scalar", "scalar") if b.dim() == 3 else ("key", "value")
-    S, _ = _entering(k, v, b, state, rows, tile)
-    R, dstate = _entering(q, do, b, dfinal, rows, tile, reverse=True)
-    leave = None
-    if dstate is None:
-        dstate = state.new_empty(state.shape)
-        leave = dstate[:, None]
-    shape = (B, H, K // min(K, tile[1]), T) if rows == "scalar" else (B, T, H, K)
-    w, dlog_a = b.new_empty(shape), b.new_empty(shape)
-    dq, dk, dv, last = q.new_empty(B, T, H, K), k.new_empty(B, T, H, K), torch.empty_like(v), S.new_empty(S.shape)
-    St, Rt = S.transpose(-1, -2), R.transpose(-1, -2)
-    _call(do, v, k, b, St, dq, last.transpose(-1, -2), q, w, decay=columns, tile=tile)
-    anchor = (last * R).sum(-1)
-    _call(v, do, q, b, Rt, dk, None, k, w, anchor, dlog_a, decay=columns, reverse=True, tile=tile)
-    _call(k, q, do, b, R, dv, leave, decay=rows, reverse=True, tile=tile)
+    S, _, _ = _chain(k, v, b, state, tile, rows)
+    R, dstate, leave = _chain(q, do, b, dfinal, tile, rows, reverse=True)
+    S_T, R_T = S.transpose(3, 4), R.transpose(3, 4)
+    dq, dk, dv = q.new_empty(B, T, H, K), q.new_empty(B, T, H, K), torch.empty_like(v)
+    qdq = b.new_empty((B, H, K // min(K, tile[1]), T) if rows == "scalar" else (B, T, H, K))
+    dlog_a = torch.empty_like(qdq)
+    last = S_T.new_empty(S_T.shape)
+    _call(do, v, k, b, S_T, tile, columns, o=dq, leave=last, x=q, qdq=qdq)
+    anchor = (last * R_T).sum(3)
+    _call(v, do, q, b, R_T, tile, columns, reverse=True, o=dk, x=k, qdq=qdq, anchor=anchor, dlog_a=dlog_a)
+    _call(k, q, do, b, R, tile, rows, reverse=True, o=dv, leave=leave)
     if rows == "scalar":
         dlog_a = dlog_a.sum(2).transpose(1, 2)
 
-    def total(d, heads):  # over the heads that share one q, k or log_a
-        return d if d.shape[2] == heads else d.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(d.dtype)
+    def total(d, like):  # heads that share one q, k or log_a add their gradients
+        d = d.unflatten(2, (like.shape[2], -1))
+        return d.sum(3, dtype=torch.float32).to(like.dtype) if d.shape[3] > 1 else d.squeeze(3).contiguous()
 
-    return total(dq, q.shape[2]), total(dk, k.shape[2]), dv, total(dlog_a, b.shape[2]).contiguous(), dstate
+    return total(dq, q), total(dk, k), dv, total(dlog_a, b), dstate
 
 
 @_forward.register_fake
@@ -412,47 +343,343 @@ def _gradients(ctx, do, dfinal, _):
     q, k, v, b, state = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dfinal = _zeros(state, *state.shape) if dfinal is None else dfinal
-    return *torch.ops.lengthgen.scan_backward(q, k, v, b, state, do, dfinal, ctx.tile), None
+    return *_backward(q, k, v, b, state, do, dfinal, ctx.tile), None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def triton_scan(q, k, v, log_a, state=None, chunk=None, block=64, segments=None, num_warps=4):
-    """TODO"""
-    B, T, G, H, K, V = _check(q, k, v, log_a, state)
-    if chunk is None:
-        chunk = 16
-    split = triton.cdiv(V, 128)
-    K_, V_ = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(triton.cdiv(V, split)))
-    chunks = triton.cdiv(T, chunk)
-    segment = triton.cdiv(chunks, segments or 1) * chunk
-    pad_k = lambda x: F.pad(x, (0, K_ - K)) if K_ != K else x
-    v = F.pad(v, (0, split * V_ - V)).reshape(B, T, H * split, V_)
-    if state is None:
-        state = _zeros(q, B, H * split, K_, V_)
-    else:
-        state = F.pad(state.float(), (0, split * V_ - V, 0, K_ - K))
-        state = state.unflatten(3, (split, V_)).transpose(2, 3).reshape(B, H * split, K_, V_)
-    log_a = log_a.float() if log_a.dim() == 3 else pad_k(log_a.float())
-    o, final, _ = _forward(pad_k(q), pad_k(k), v, log_a, state, [chunk, block, segment, num_warps])
-    final = final.unflatten(1, (H, split)).transpose(2, 3).reshape(B, H, K_, split * V_)
-    return o.reshape(B, T, H, split * V_)[..., :V], final[:, :, :K, :V]
+def _chain(k, v, b, state, tile, decay, reverse=False):
+    """The states that enter the segments (B, segments, H, K, V), the state that leaves the last one, and where to write it.
+
+    With one segment the main call itself writes the leaving state; with more it is known before and there is nothing to write.
+    """
+    (B, H, K, V), T = state.shape, k.shape[1]
+    chunk, _, segment = tile
+    segments = triton.cdiv(T, segment)
+    if segments == 1:
+        final = state.new_empty(state.shape)
+        return state[:, None], final, final[:, None]
+    edges = state.new_empty(B, segments + 1, H, K, V)
+    before, after = edges[:, :-1], edges[:, 1:]
+    enter, leave, first, last = (after, before, -1, 0) if reverse else (before, after, 0, -1)
+    _call(k, k, v, b, _zeros(k, *enter.shape), tile, decay, reverse, leave=leave)
+    b_L = b[:, [min(t, T) - 1 for t in range(chunk, T + chunk, chunk)]]
+    a = torch.stack(
+        [x.sum(1) for x in b_L.split(segment // chunk, 1)], 1
+    ).exp2()  # each segment's whole decay
+    a = a.repeat_interleave(H // b.shape[2], 2)
+    a = a[..., None, None] if decay == "scalar" else a[..., None]
+    edges[:, first] = state
+    for i in reversed(range(segments)) if reverse else range(segments):
+        leave[:, i].addcmul_(a[:, i], enter[:, i])
+    return enter, edges[:, last].clone(), None
 
 
-BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan}
+def _call(
+    q,
+    k,
+    v,
+    b,
+    enter,
+    tile,
+    decay,
+    reverse=False,
+    o=None,
+    leave=None,
+    x=None,
+    qdq=None,
+    anchor=None,
+    dlog_a=None,
+):
+    """One launch of the kernel; enter and leave are (B, segments, H, K, V) of any strides."""
+    (B, segments, H, K, V), T = enter.shape, q.shape[1]
+    chunk, block, segment = tile
+    block = min(block, V)
+    scan_kernel[(B * segments * H * (V // block),)](
+        *(q, k, v, b, enter, o, leave, x, qdq, anchor, dlog_a, T, segment),
+        *(*enter.stride(), *(enter if leave is None else leave).stride()),
+        **dict(
+            H=H, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], HB=b.shape[2], HX=1 if x is None else x.shape[2]
+        ),
+        **dict(K=K, V=V, L=chunk, BLOCK=block, LEVELS=chunk.bit_length() - 1),
+        **dict(REVERSE=reverse, DECAY=decay, num_warps=4 if K * block > 1024 else 1, num_stages=2),
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def scan_kernel(
+        q, k, v, b, enter, o, leave,  # leave: written, like o
+        x, qdq, anchor, dlog_a,  # for the decay's gradient; x is the q or k whose gradient o is
+        T, segment,
+        enter_b, enter_s, enter_h, enter_k, enter_v, leave_b, leave_s, leave_h, leave_k, leave_v,  # strides
+        H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr, HX: tl.constexpr,
+        K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+        REVERSE: tl.constexpr, DECAY: tl.constexpr,  # DECAY: "scalar", "key" or "value"
+    ):  # fmt: skip
+        """Any of the four calls, in the letters of its role. H heads run; q has HQ of them, shared evenly, and so on."""
+        BLOCKS: tl.constexpr = V // BLOCK
+        dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
+        pid = tl.program_id(0).to(tl.int64)  # a 1-d grid: the other axes stop at 65535
+        i_h, i_bs = pid // BLOCKS % H, pid // (BLOCKS * H)
+        segments = tl.cdiv(T, segment)
+        i_b, i_s = i_bs // segments, i_bs % segments
+        start = i_s * segment
+        end = tl.minimum(start + segment, T)
+        t = tl.arange(0, L)
+        c_k = tl.arange(0, K)
+        c_v = (pid % BLOCKS * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+        if DECAY == "scalar":
+            N: tl.constexpr = 1  # b is (B, T, HB, N)
+            c_b = tl.arange(0, 1)
+        elif DECAY == "key":
+            N: tl.constexpr = K
+            c_b = c_k
+        else:
+            N: tl.constexpr = V
+            c_b = c_v
+
+        # (B, T, heads, size): step to this batch and head, and leave the steps in time to the loop
+        q += (i_b * T * HQ + i_h // (H // HQ)) * K + c_k[None, :]
+        k += (i_b * T * HK + i_h // (H // HK)) * K + c_k[None, :]
+        v += (i_b * T * HV + i_h // (H // HV)) * V + c_v[None, :]
+        b += (i_b * T * HB + i_h // (H // HB)) * N + c_b[None, :]
+        enter += i_b * enter_b + i_s * enter_s + i_h * enter_h
+        S = tl.load(enter + c_k[:, None] * enter_k + c_v[None, :] * enter_v)
+        if anchor is not None:
+            later = tl.load(anchor + (i_bs * H + i_h) * V + c_v)[None, :]  # d log a of the step after
+            if DECAY == "scalar":
+                later = tl.sum(later, 1, keep_dims=True)
+
+        same = t[:, None] == t[None, :]
+        if REVERSE:
+            earlier = t[:, None] < t[None, :]
+        else:
+            earlier = t[:, None] > t[None, :]
+
+        chunks = tl.cdiv(end - start, L)
+        for i in range(chunks):
+            if REVERSE:
+                t0 = start + (chunks - 1 - i) * L
+            else:
+                t0 = start + i * L
+            n = tl.minimum(end - t0, L).to(tl.int32)
+            real = t[:, None] < n
+            inner = t[:, None] < (end - t0 - 1).to(tl.int32)  # all steps but the segment's last
+            q_t = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
+            k_t = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K), mask=real, other=0.0)
+            v_t = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V), mask=real, other=0.0)
+            # steps past the end repeat the last b: a 0 there would be e^(+large) in reverse time, and 0 * inf
+            b_t = tl.load(b + t0 * (HB * N) + tl.minimum(t, n - 1)[:, None] * (HB * N))
+            b_L = tl.load(b + (t0 + n - 1) * (HB * N))  # (1, N)
+            if REVERSE:
+                c_in, c_out = tl.exp2(b_L - b_t), tl.exp2(b_t)
+            else:
+                c_in, c_out = tl.exp2(b_t), tl.exp2(b_L - b_t)
+
+            if o is not None:
+                if DECAY == "key":
+                    y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision="ieee")
+                    A = tl.where(same, tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True), 0.0)
+                else:
+                    y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in
+                    A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
+                if qdq is not None:  # the step itself stays apart: d log a is the sum of all but it
+                    own = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True) * v_t
+
+                if DECAY == "scalar":
+                    reads = earlier if qdq is not None else earlier | same
+                    gap = b_t - tl.trans(b_t)
+                    if REVERSE:
+                        gap = -gap
+                    A *= tl.exp2(tl.where(reads, gap, float("-inf")))  # mask the exponent, then exponentiate
+                else:
+                    for level in tl.static_range(LEVELS):
+                        half = 1 << level
+                        mid = tl.minimum((t | (2 * half - 1)) - half, n - 1)  # last step of the first half
+                        b_mid = tl.load(b + t0 * (HB * N) + mid[:, None] * (HB * N))
+                        to_mid = tl.exp2(tl.where((t & half)[:, None] == 0, b_mid - b_t, b_t - b_mid))
+                        parted = t[:, None] ^ t[None, :]  # its top bit tells at which level s and t part
+                        parted = earlier & (parted >= half) & (parted < 2 * half)
+                        if DECAY == "key":
+                            q_mid, k_mid = (q_t * to_mid).to(dtype), (k_t * to_mid).to(dtype)
+                            A += tl.where(parted, tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee"), 0.0)
+                        else:
+                            A_mid, v_mid = tl.where(parted, A, 0.0).to(dtype), (v_t * to_mid).to(dtype)
+                            y += tl.dot(A_mid, v_mid, input_precision="ieee") * to_mid
+                if DECAY != "value":
+                    y = tl.dot(A.to(dtype), v_t, y, input_precision="ieee")
+
+                p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
+                if qdq is None:
+                    tl.store(o + p_o, y.to(dtype), mask=real)
+                else:
+                    tl.store(o + p_o, (y + own).to(dtype), mask=real)
+
+            if qdq is not None:
+                p_x = ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + c_v[None, :]
+                y *= tl.load(x + p_x, mask=real, other=0.0)
+                p_y = p_o
+                if DECAY == "scalar":  # one partial sum per block of columns: (B, H, BLOCKS, T)
+                    y = tl.sum(y, 1, keep_dims=True)
+                    p_y = ((i_b * H + i_h) * BLOCKS + pid % BLOCKS) * T + t0 + t[:, None]
+                if anchor is None:
+                    tl.store(qdq + p_y, y, mask=real)
+                    k_t = tl.where(inner, k_t, 0.0)  # this call leaves the state before the last k v^T
+                else:
+                    y = tl.load(qdq + p_y, mask=real, other=0.0) - tl.where(inner, y, 0.0)
+                    tl.store(dlog_a + p_y, later + tl.cumsum(y, 0, reverse=True), mask=real)
+                    later += tl.sum(y, 0, keep_dims=True)
+
+            if DECAY == "key":
+                S *= tl.trans(tl.exp2(b_L))
+                k_t = (k_t * c_out).to(dtype)
+            else:
+                S *= tl.exp2(b_L)
+                v_t = (v_t * c_out).to(dtype)
+            S = tl.dot(tl.trans(k_t), v_t, S, input_precision="ieee")
+
+        if leave is not None:
+            leave += i_b * leave_b + i_s * leave_s + i_h * leave_h
+            tl.store(leave + c_k[:, None] * leave_k + c_v[None, :] * leave_v, S)
+
+
+BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan, "triton": triton_scan}
 _announced = set()
+
+
+@torch.compiler.assume_constant_result  # under torch.compile: say it while tracing, leave no trace in the graph
+def _announce(backend, reason):
+    if backend not in _announced:
+        _announced.add(backend)
+        print(f"scan: {backend}, {reason}", flush=True)
 
 
 def scan(q, k, v, log_a, state=None, backend=None):
     """One of the functions above; says once on stdout which one and why. `backend` None picks, a name forces."""
+    reason = "asked for"
     if backend is None:
-        backend, reason = "chunked", "plain PyTorch matmuls run on any device"
-    else:
-        reason = "asked for"
+        if not q.is_cuda or torch.version.hip:
+            backend, reason = "chunked", "plain PyTorch matmuls run on any device"
+        elif triton is None:
+            backend, reason = "chunked", "the triton package is not installed"
+        elif unfit := _unfit(q, q.shape[-1]):
+            backend, reason = "chunked", unfit
+        else:
+            backend, reason = "triton", "one fused kernel on NVIDIA GPUs"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend not in _announced:
-        _announced.add(backend)
-        print(f"scan: {backend}, {reason}", flush=True)
+    _announce(backend, reason)
     return BACKENDS[backend](q, k, v, log_a, state)
+
+
+# ---- python kernels.py: how exact, and on a GPU how fast ----
+
+
+def _inputs(B, T, G, H, K, V, vector, dtype, device):
+    """Random q, k, v, log_a, state, as leaves that want gradients, and a random gradient for each output."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, T, *size, device=device) for size in ((G, K), (G, K), (H, V)))
+    log_a = -F.softplus(torch.randn(B, T, H, *[K] * vector, device=device) - 1)
+    state, do, dfinal = (
+        torch.randn(B, H, K, V, device=device),
+        torch.randn_like(v),
+        torch.randn(B, H, K, V, device=device),
+    )
+    leaves = [q.to(dtype), (k / K**0.5).to(dtype), v.to(dtype), log_a, state]
+    return [x.requires_grad_() for x in leaves], (do.to(dtype), dfinal)
+
+
+def _error_table(device):
+    """Relative error of every output and gradient against the recurrence in float64."""
+    names = ("o", "final", "dq", "dk", "dv", "dlog_a", "dstate")
+    print(f"{'backend':<10}{'decay per':<10}{'dtype':<10}" + "".join(f"{name:>9}" for name in names))
+    size = (2, 1000, 2, 4, 128, 64) if device == "cuda" else (1, 100, 1, 2, 24, 16)
+    for vector in (False, True):
+        for dtype in (torch.float32, torch.bfloat16 if device == "cuda" else torch.float16):
+            inputs, cotangents = _inputs(*size, vector, dtype, device)
+            exact = [x.detach().double().requires_grad_() for x in inputs]
+            wanted = recurrent_scan(*exact)
+            wanted = *wanted, *torch.autograd.grad(wanted, exact, [x.double() for x in cotangents])
+            for name, backend in BACKENDS.items():
+                if name == "triton" and triton is None:
+                    continue
+                got = backend(*inputs)
+                got = *got, *torch.autograd.grad(got, inputs, cotangents)
+                errors = [(x.double() - y).norm() / y.norm() for x, y in zip(got, wanted, strict=True)]
+                line = f"{name:<10}{'channel' if vector else 'head':<10}{str(dtype)[6:]:<10}"
+                print(line + "".join(f"{error.item():9.0e}" for error in errors), flush=True)
+
+
+def _time_table():
+    """Microseconds, and the share of the floor: the time this GPU needs to move the bytes or to do the matmuls."""
+    bench = triton.testing.do_bench  # milliseconds
+    x, m = (
+        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
+        torch.randn(8192, 8192, device="cuda").bfloat16(),
+    )
+    bandwidth = 2 * x.numel() / bench(lambda: x.clone()) * 1e3
+    rate = 2 * 8192**3 / bench(lambda: m @ m) * 1e3
+    print(
+        f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s, multiplies {rate / 1e12:.0f} TFLOP/s"
+    )
+    del x, m
+
+    def simple_gla(q, k, v, log_a, state):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
+        return chunk_simple_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
+
+    def gla(q, k, v, log_a, state):
+        from fla.ops.gla import chunk_gla
+
+        return chunk_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
+
+    def mamba_ssm(q, k, v, log_a, state):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        # its decay is e^(dt A): log_a as dt with A = 1 is our recurrence with v scaled by log_a, the same work
+        one, state = log_a.new_ones(log_a.shape[2]), state.transpose(2, 3)
+        return mamba_chunk_scan_combined(
+            v, log_a, one, k, q, 256, initial_states=state, return_final_states=True
+        )
+
+    for name, size, vector in (
+        ("Mamba-2-370m", (8, 2048, 1, 32, 128, 64), False),
+        ("Mamba-2-1.3b", (8, 2048, 1, 64, 128, 64), False),
+        ("GLA-340M", (8, 2048, 4, 4, 128, 256), True),
+        ("Mamba-2-370m", (1, 131072, 1, 32, 128, 64), False),
+        ("GLA-340M", (1, 131072, 4, 4, 128, 256), True),
+    ):
+        B, T, _, H, K, V = size
+        inputs, cotangents = _inputs(*size, vector, torch.bfloat16, "cuda")
+        read = sum(x.nbytes for x in inputs)
+        wrote = sum(x.nbytes for x in cotangents)
+        flops = B * T * H * (4 * K * V + 2 * 64 * (K + V))  # chunks of 64
+        # backward reads the inputs and the outputs' gradients, and writes the inputs' gradients
+        floors = [max(nbytes / bandwidth, work / rate) * 1e6 for nbytes, work in (
+            (read + wrote, flops), (3 * read + 2 * wrote, 4 * flops))]  # fmt: skip
+        print(f"{name}, B {B}, T {T}: floor {floors[0]:.0f} us forward, {floors[1]:.0f} us with backward")
+        rivals = [gla] if vector else [simple_gla, mamba_ssm]
+        if T <= 2048:  # torch.compile unrolls the loop over chunks
+            rivals = [torch.compile(chunked_scan), *rivals]
+        for fn in [triton_scan, *rivals]:
+            label = getattr(fn, "__name__", "chunked_scan")
+            try:
+                with torch.no_grad():
+                    forward = bench(lambda: fn(*inputs)) * 1e3
+                both = bench(lambda: torch.autograd.grad(fn(*inputs), inputs, cotangents)) * 1e3
+            except (ImportError, torch.OutOfMemoryError) as error:
+                print(f"  {label:<14}{type(error).__name__}: {str(error).splitlines()[0]}")
+                continue
+            shares = f"{floors[0] / forward:6.0%} {floors[1] / both:6.0%}"
+            print(f"  {label:<14}{forward:9.0f} {both:9.0f}  {shares} of the floor", flush=True)
+
+
+if __name__ == "__main__":
+    _error_table("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available() and triton is not None:
+        _time_table()
