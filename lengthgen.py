@@ -1,0 +1,783 @@
+"""Understanding and improving length generalization in recurrent models, in one file.
+
+Recurrent language models break past their training length because training from a zero state explores only part of
+the states that a long rollout reaches (Buitrago & Gu, ICML 2025, arXiv 2507.02782). The cure is to change the state
+that training sequences start from. This file holds the models and their state, those interventions, the text and
+the tasks, and the measures. The recurrence itself is in kernels.py.
+
+    B batch    T length (of training, when nothing else is said)    L layers    D model width    C vocabulary
+    H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
+"""
+
+import glob
+import json
+import math
+import os
+import sysconfig
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import scan
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models. Names of weights and of settings are those of the official checkpoints.
+
+
+@dataclass
+class ModelConfig:
+    """Architecture. None means the official default of the layer (OFFICIAL, below)."""
+
+    layer: str = "mamba2"  # "mamba2" or "gla"
+    vocab_size: int = 50277
+    d_model: int = 768
+    n_layer: int = 24
+    pad_vocab_size_multiple: int | None = None
+    tie_embeddings: bool | None = None
+    norm_eps: float | None = None
+    # Mamba
+    d_state: int | None = None  # K
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64  # V
+    ngroups: int = 1  # G
+    # GLA
+    num_heads: int = 4  # H
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    hidden_ratio: int = 4
+    gate_low_rank_dim: int = 16
+    # which scan of kernels.py; None lets it choose
+    backend: str | None = None
+
+    def __post_init__(self):
+        if self.layer not in OFFICIAL:
+            raise ValueError(f"unknown model {self.layer!r}, expected one of {', '.join(OFFICIAL)}")
+        for name, value in OFFICIAL[self.layer].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+OFFICIAL = {
+    "mamba2": dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128),
+    "gla": dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6),
+}
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers: all that the future can know of the past.
+
+    conv  (B, d_conv-1, channels) the last *inputs* of the causal convolution; None where a layer has none
+    scan  (B, H, K, V) the recurrence's S, never below float32
+    """
+
+    conv: torch.Tensor | None
+    scan: torch.Tensor
+
+
+def map_state(f, *states):
+    """Apply f to the tensors of one or several states (lists of LayerState) place by place."""
+    return [
+        LayerState(*(None if xs[0] is None else f(*xs) for xs in zip(*layers, strict=True)))
+        for layers in zip(*states, strict=True)
+    ]
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 mixer (Dao & Gu 2024): q = C, k = B, v = dt * x, log_a = -dt * exp(A_log).
+
+    x (B, T, D), state LayerState -> (B, T, D), LayerState after the last step
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.d_inner, self.G, self.K, self.V = c.expand * c.d_model, c.ngroups, c.d_state, c.headdim
+        if self.d_inner % self.V or (self.d_inner // self.V) % self.G:
+            raise ValueError(
+                f"d_inner {self.d_inner} must divide into heads of {self.V} and {self.G} equal groups"
+            )
+        self.H = self.d_inner // self.V
+        self.channels, self.d_conv = self.d_inner + 2 * self.G * self.K, c.d_conv
+        self.norm_eps, self.backend = c.norm_eps, c.backend
+
+        self.in_proj = nn.Linear(c.d_model, self.d_inner + self.channels + self.H, bias=False)
+        self.conv1d = nn.Conv1d(self.channels, self.channels, c.d_conv, groups=self.channels)
+        # dt = softplus(dt_bias) starts log-uniform in [1e-3, 1e-1]; dt_bias is the inverse softplus of that
+        dt = torch.exp(torch.empty(self.H).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.H))
+        self.norm = nn.RMSNorm(self.d_inner, c.norm_eps)
+        self.out_proj = nn.Linear(self.d_inner, c.d_model, bias=False)
+        with torch.no_grad():  # the residual stream of every depth starts with the same variance
+            self.out_proj.weight /= math.sqrt(c.n_layer)
+
+    def zero_state(self, B):
+        w = self.in_proj.weight
+        S = w.new_zeros(B, self.H, self.K, self.V, dtype=torch.promote_types(w.dtype, torch.float32))
+        return LayerState(w.new_zeros(B, self.d_conv - 1, self.channels), S)
+
+    def forward(self, x, state):
+        B, T, _ = x.shape
+        z, xkq, dt = self.in_proj(x).split([self.d_inner, self.channels, self.H], dim=-1)
+        conv_in = torch.cat([state.conv.to(xkq.dtype), xkq], dim=1)
+        xkq = F.silu(causal_conv(conv_in, self.conv1d.weight, self.conv1d.bias))
+        x, k, q = xkq.split([self.d_inner, self.G * self.K, self.G * self.K], dim=-1)
+        x = x.view(B, T, self.H, self.V)
+        k, q = (y.view(B, T, self.G, self.K) for y in (k, q))
+        dt = F.softplus(dt + self.dt_bias)  # float32 even where autocast computes in bfloat16
+        v = (dt[..., None] * x).to(x.dtype)
+        o, S = scan(q, k, v, -dt * self.A_log.exp(), state.scan, self.backend)
+        y = (o + self.D[:, None] * x).flatten(-2) * F.silu(z)
+        # the gated norm runs over each group's channels
+        y = F.rms_norm(y.unflatten(-1, (self.G, -1)), (self.d_inner // self.G,), eps=self.norm_eps)
+        y = y.flatten(-2) * self.norm.weight
+        return self.out_proj(y), LayerState(conv_in[:, T:], S)
+
+
+def causal_conv(x, weight, bias):
+    """Depthwise convolution of x (B, d_conv-1 + T, channels) -> (B, T, channels).
+
+    As a 2-d convolution of height 1, because channels-last 2-d convolutions are several times faster on CPUs.
+    """
+    y = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, groups=weight.shape[0])
+    return y[:, :, 0].transpose(1, 2)
+
+
+class GLA(nn.Module):
+    """Gated linear attention (Yang et al. 2024): one decay per key channel, log_a = logsigmoid(gate) / 16.
+
+    x (B, T, D), state LayerState -> (B, T, D), LayerState after the last step
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.H, self.backend = c.num_heads, c.backend
+        key_dim, value_dim = int(c.d_model * c.expand_k), int(c.d_model * c.expand_v)
+        if key_dim % self.H or value_dim % self.H:
+            raise ValueError(
+                f"{self.H} heads cannot share {key_dim} key and {value_dim} value channels evenly"
+            )
+        self.K, self.V = key_dim // self.H, value_dim // self.H
+        self.q_proj = nn.Linear(c.d_model, key_dim, bias=False)
+        self.k_proj = nn.Linear(c.d_model, key_dim, bias=False)
+        self.v_proj = nn.Linear(c.d_model, value_dim, bias=False)
+        self.g_proj = nn.Linear(c.d_model, value_dim, bias=False)
+        self.gk_proj = nn.Sequential(
+            nn.Linear(c.d_model, c.gate_low_rank_dim, bias=False), nn.Linear(c.gate_low_rank_dim, key_dim)
+        )
+        self.g_norm_swish_gate = nn.RMSNorm(self.V, c.norm_eps)  # one weight, shared by the heads
+        self.o_proj = nn.Linear(value_dim, c.d_model, bias=False)
+
+    def zero_state(self, B):
+        w = self.q_proj.weight
+        return LayerState(
+            None, w.new_zeros(B, self.H, self.K, self.V, dtype=torch.promote_types(w.dtype, torch.float32))
+        )
+
+    def forward(self, x, state):
+        q = self.q_proj(x).unflatten(-1, (self.H, self.K)) * self.K**-0.5
+        k = self.k_proj(x).unflatten(-1, (self.H, self.K))
+        v = self.v_proj(x).unflatten(-1, (self.H, self.V))
+        gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
+        log_a = F.logsigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32))) / 16
+        o, S = scan(q, k, v, log_a, state.scan, self.backend)
+        y = self.g_norm_swish_gate(o).flatten(-2) * F.silu(self.g_proj(x))
+        return self.o_proj(y), LayerState(None, S)
+
+
+class SwiGLU(nn.Module):
+    """x (B, T, D) -> (B, T, D); inner width 2/3 * hidden_ratio * D, rounded up to a multiple of 256."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.d_model
+        inner = 256 * math.ceil(int(D * config.hidden_ratio * 2 / 3) / 256)
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MambaBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mamba2(config)
+
+    def zero_state(self, B):
+        return self.mixer.zero_state(B)
+
+    def forward(self, x, state):
+        y, state = self.mixer(self.norm(x), state)
+        return x + y, state
+
+
+class GLABlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attn = GLA(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def zero_state(self, B):
+        return self.attn.zero_state(B)
+
+    def forward(self, x, state):
+        y, state = self.attn(self.attn_norm(x), state)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+# layer -> (block, and the official names of trunk, embedding and last norm)
+LAYERS = {
+    "mamba2": (MambaBlock, "backbone", "embedding", "norm_f"),
+    "gla": (GLABlock, "model", "embeddings", "norm"),
+}
+
+
+class LanguageModel(nn.Module):
+    """logits, state = model(tokens, state=None)
+
+    tokens (B, T) int64 in [0, vocab_size), T >= 1; logits (B, T, vocab_size); state a list of one LayerState per layer,
+    None meaning zeros. The returned state is pure: nothing was edited in place and gradients flow through it, so
+    cutting a sequence anywhere and handing the state over is the same as not cutting. Detaching is up to the caller:
+    that choice is the whole difference between BPTT, TBTT and state passing. Bad tokens or states raise a ValueError.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        block, trunk, embedding, norm = LAYERS[c.layer]
+        C = c.pad_vocab_size_multiple * math.ceil(c.vocab_size / c.pad_vocab_size_multiple)
+        trunk_modules = {
+            embedding: nn.Embedding(C, c.d_model),
+            "layers": nn.ModuleList(block(c) for _ in range(c.n_layer)),
+            norm: nn.RMSNorm(c.d_model, c.norm_eps),
+        }
+        self.add_module(trunk, nn.ModuleDict(trunk_modules))
+        self.lm_head = nn.Linear(c.d_model, C, bias=False)
+        self.apply(self._init_weights)
+        if c.tie_embeddings:
+            self.lm_head.weight = trunk_modules[embedding].weight
+
+    def _init_weights(self, module):
+        """Mamba: PyTorch's own initialisation of linear maps, embedding N(0, .02). GLA: N(0, .02) for both."""
+        gla = self.config.layer == "gla"
+        if isinstance(module, nn.Embedding) or (gla and isinstance(module, nn.Linear)):
+            nn.init.normal_(module.weight, std=0.02)
+        if gla and isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def zero_state(self, B):
+        """The state of B rows before their first token: a list of LayerState."""
+        _, trunk, _, _ = LAYERS[self.config.layer]
+        return [layer.zero_state(B) for layer in getattr(self, trunk)["layers"]]
+
+    def forward(self, tokens, state=None):
+        if tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        C = self.config.vocab_size
+        # on a GPU this look would wait for the device at every step, and the embedding asserts there anyway
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = tokens.min().item(), tokens.max().item()
+            if low < 0 or high >= C:
+                raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {C}")
+        zeros = self.zero_state(tokens.shape[0])
+        state = zeros if state is None else check_state(state, zeros)
+
+        _, trunk, embedding, norm = LAYERS[self.config.layer]
+        trunk = getattr(self, trunk)
+        x = trunk[embedding](tokens)
+        new_state = []
+        for layer, layer_state in zip(trunk["layers"], state, strict=True):
+            x, layer_state = layer(x, layer_state)
+            new_state.append(layer_state)
+        return self.lm_head(trunk[norm](x))[..., :C], new_state
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The model in a run folder of train.py, or in one of its checkpoint files, on the CPU."""
+        return cls.from_checkpoint(load_checkpoint(path))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        model = cls(ModelConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model
+
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved in a run folder or file. ValueError if there is none; executes no code."""
+    file = os.path.join(path, CHECKPOINT) if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise ValueError(f"no checkpoint at {file!r}, train one first or give the folder of a run")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint["config"], checkpoint["model"]
+    except Exception as error:  # whatever a foreign or cut-off file makes of the unpickler
+        raise ValueError(f"{file!r} is not a checkpoint of train.py ({type(error).__name__})") from None
+    return checkpoint
+
+
+def check_state(state, zeros):
+    """Raise a ValueError unless `state` has the layers and shapes of `zeros`; return it."""
+    if len(state) != len(zeros):
+        raise ValueError(f"state has {len(state)} layers, expected {len(zeros)}")
+    for i, (given, wanted) in enumerate(zip(state, zeros, strict=True)):
+        for name, x, zero in zip(LayerState._fields, given, wanted, strict=True):
+            shape = None if x is None else tuple(x.shape)
+            expected = None if zero is None else tuple(zero.shape)
+            if shape != expected:
+                raise ValueError(f"state[{i}].{name} has shape {shape}, expected {expected}")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Interventions: from which state does the next training sequence start?
+#
+# Each is a function (state, stats, rng) -> state: the final state of the previous batch (detached), running statistics
+# of final states, a torch.Generator on the state's device. For a new idea write one function and add one entry.
+
+
+class StateStatistics:
+    """Running mean and std of the final states seen in training (fitted noise, paper section 3.2).
+
+    The scan's S per layer and head, the convolution's inputs per layer and channel; `mean` and `std` are states of
+    shapes that broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper leaves its estimator open: ours is an
+    exponential average over about 1/rate batches.
+    """
+
+    def __init__(self, rate=0.05):
+        self.rate, self.count, self.mean, self.square = rate, 0, None, None
+
+    def update(self, state):
+        def moment(p):
+            def of(x):
+                dims = (0, 1) if x.dim() == 3 else (0, 2, 3)
+                return (x.float() ** p).mean(dims, keepdim=True)
+
+            return all_reduce_mean(map_state(of, state))
+
+        mean, square = moment(1), moment(2)
+        if self.count:  # the first batches count alike, so that the zeros before them never enter
+            w = max(self.rate, 1 / (self.count + 1))
+            mean = map_state(lambda old, new: old + w * (new - old), self.mean, mean)
+            square = map_state(lambda old, new: old + w * (new - old), self.square, square)
+        self.mean, self.square, self.count = mean, square, self.count + 1
+
+    def state_dict(self):
+        means = [tuple(x) for x in self.mean], [tuple(x) for x in self.square]
+        return dict(count=self.count, mean=means[0], square=means[1])
+
+    def load_state_dict(self, saved, device):
+        self.count = saved["count"]
+        for name in ("mean", "square"):
+            setattr(self, name, map_state(lambda x: x.to(device), [LayerState(*x) for x in saved[name]]))
+
+    @property
+    def std(self):
+        return map_state(lambda m, sq: (sq - m * m).clamp(min=0).sqrt(), self.mean, self.square)
+
+
+def all_reduce_mean(state):
+    """Average over the ranks of a distributed run; alone, nothing."""
+    if not torch.distributed.is_initialized():
+        return state
+    for layer in state:
+        for x in layer:
+            if x is not None:
+                torch.distributed.all_reduce(x)
+    return map_state(lambda x: x / torch.distributed.get_world_size(), state)
+
+
+def normal_like(x, rng):
+    return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+
+
+def zero(state, stats, rng):
+    """Ordinary training; with extra steps also the control of every experiment."""
+    return map_state(torch.zeros_like, state)
+
+
+def random_noise(state, stats, rng, std=0.1):
+    """IID N(0, std^2), the same std in every layer and head."""
+    return map_state(lambda x: std * normal_like(x, rng), state)
+
+
+def fitted_noise(state, stats, rng):
+    """IID normal with the mean and std that final states have, per layer and head."""
+    return map_state(lambda x, m, s: (m + s * normal_like(x, rng)).to(x.dtype), state, stats.mean, stats.std)
+
+
+def state_passing(state, stats, rng):
+    """The final state of the previous batch, which holds other sequences: states compound over the whole run."""
+    return state
+
+
+# TBTT is state passing with rows that continue: the difference is in the second field of its entry
+INTERVENTIONS = {  # name: (function, does row b of the next batch continue row b?)
+    "zero": (zero, False),
+    "random_noise": (random_noise, False),
+    "fitted_noise": (fitted_noise, False),
+    "state_passing": (state_passing, False),
+    "tbtt": (state_passing, True),
+}
+
+
+def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full"):
+    """Apply an intervention to the final state of a batch; no gradient crosses from one batch to the next.
+
+    zero_prob: each row starts from zeros with this probability instead, so that a zero start is never unlearned.
+    carry: "full" hands over convolution and scan, "scan" the scan alone, which is all that the paper's kernel can take.
+    """
+    if carry not in ("full", "scan"):
+        raise ValueError(f"unknown carry {carry!r}, expected full or scan")
+    state = map_state(torch.Tensor.detach, state)
+    stats.update(state)
+    state = function(state, stats, rng)
+    if carry == "scan":
+        state = [s._replace(conv=None if s.conv is None else torch.zeros_like(s.conv)) for s in state]
+    if zero_prob:
+        scan_state = state[0].scan
+        keep = torch.rand(len(scan_state), generator=rng, device=scan_state.device) >= zero_prob
+        state = map_state(lambda x: x * keep.view(-1, *[1] * (x.dim() - 1)), state)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Corpus: documents -> tokens. Every document starts with the token <|bos|>, in training as in a long stream.
+
+BYTES = tiktoken.Encoding(  # one token per byte of UTF-8; the pieces only bound the work per piece
+    "bytes",
+    pat_str=r"(?s:.{1,16})",
+    mergeable_ranks={bytes([i]): i for i in range(256)},
+    special_tokens={},
+)
+MANY_DOCUMENTS = 20  # from here on whole documents are held out, below it the last tenth of each
+
+
+@dataclass
+class Corpus:
+    """Tokens of a training and a validation split, with two special tokens after the tokenizer's own words."""
+
+    name: str  # what it is, for people
+    train: np.ndarray  # (N,) uint16 or uint32
+    val: np.ndarray
+    words: int  # size of the tokenizer's vocabulary
+
+    @property
+    def bos(self):
+        return self.words
+
+    @property
+    def sep(self):
+        return self.words + 1
+
+    @property
+    def vocab_size(self):
+        return self.words + 2
+
+
+def load_corpus(paths=None, tokenizer="bytes"):
+    """Read text and tokenize it. Raises ValueError for a path that is missing, a corpus that is empty.
+
+    paths: None for the Python standard library of this machine, else a list of files, folders or globs: text, .jsonl
+        with a "text" field, or one nanoGPT-style .bin of uint16 tokens
+    tokenizer: "bytes" or the name of a tiktoken encoding ("gpt2", "o200k_base"); a .bin is tokenized already
+    """
+    if paths and any(p.endswith(".bin") for p in paths):
+        return _load_bin(paths)
+    encoding = BYTES if tokenizer == "bytes" else _named_encoding(tokenizer)
+    documents = dict(sorted(_read_documents(paths)))  # key -> text
+    documents = {text: key for key, text in documents.items() if text}  # equal files once
+    if not documents:
+        raise ValueError(f"the corpus is empty: no text in {paths or 'the standard library'}")
+    splits = {"train": [], "val": []}
+    for text, key in documents.items():
+        tokens = encoding.encode_to_numpy(text).astype(np.uint32)
+        if len(documents) >= MANY_DOCUMENTS:
+            splits["val" if zlib.crc32(key.encode()) % 20 == 0 else "train"].append(tokens)
+        else:
+            cut = len(tokens) - len(tokens) // 10
+            splits["train"].append(tokens[:cut])
+            splits["val"].append(tokens[cut:])
+    dtype = np.uint16 if encoding.n_vocab + 2 <= 2**16 else np.uint32
+    bos = np.array([encoding.n_vocab])
+    joined = {
+        split: np.concatenate([part for tokens in pieces for part in (bos, tokens)] or [bos]).astype(dtype)
+        for split, pieces in splits.items()
+    }
+    name = f"{len(documents)} documents of {'the Python standard library' if not paths else ' '.join(paths)}"
+    return Corpus(name, joined["train"], joined["val"], encoding.n_vocab)
+
+
+def _named_encoding(name):
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError:
+        raise ValueError(
+            f"unknown tokenizer {name!r}, expected bytes or one of {tiktoken.list_encoding_names()}"
+        ) from None
+
+
+def _read_documents(paths):
+    """Yield (key, text); the key is relative, so that a file is held out on every machine or on none."""
+    root = "" if paths else sysconfig.get_paths()["stdlib"]
+    for path in paths or [os.path.join(root, "**", "*.py")]:
+        path = os.path.join(path, "**", "*") if os.path.isdir(path) else path
+        files = [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
+        if not files:
+            raise ValueError(f"no text at {path!r}, give an existing file, folder or glob")
+        for file in files:
+            key = os.path.relpath(file, root) if root else file
+            if root and ("site-packages" in key or "dist-packages" in key):
+                continue
+            with open(file, encoding="utf-8", errors="replace") as f:
+                if file.endswith(".jsonl"):
+                    for i, line in enumerate(f):
+                        try:
+                            yield f"{key}:{i:09d}", json.loads(line)["text"]
+                        except (ValueError, KeyError, TypeError):
+                            raise ValueError(f'{file} line {i + 1} is no JSON object with a "text"') from None
+                else:
+                    yield key, f.read()
+
+
+def _load_bin(paths):
+    if len(paths) > 1:
+        raise ValueError(f"a .bin of tokens stands alone, got {len(paths)} paths")
+    if not os.path.isfile(paths[0]):
+        raise ValueError(f"no tokens at {paths[0]!r}, give an existing .bin of uint16")
+    tokens = np.memmap(paths[0], dtype=np.uint16, mode="r") if os.path.getsize(paths[0]) else np.zeros(0)
+    if not len(tokens):
+        raise ValueError(f"the corpus is empty: no tokens in {paths[0]}")
+    cut = len(tokens) - len(tokens) // 10
+    return Corpus(paths[0], tokens[:cut], tokens[cut:], int(tokens.max()) + 1)
+
+
+class Rows:
+    """B rows that read pieces of text, at random places or each row onwards from where it was.
+
+    tokens (N,), from one split; continues: row b of the next piece continues row b of this one (for TBTT and for
+    streams). `rng` (torch.Generator) and `at` are all there is to save.
+    """
+
+    def __init__(self, corpus, split, B, continues, seed):
+        self.tokens, self.corpus, self.B, self.continues = getattr(corpus, split), corpus, B, continues
+        self.rng = torch.Generator().manual_seed(seed)
+        self.boundaries = np.flatnonzero(self.tokens == corpus.bos)
+        self.at = None
+
+    def state_dict(self):
+        return dict(rng=self.rng.get_state(), at=None if self.at is None else torch.from_numpy(self.at))
+
+    def load_state_dict(self, saved):
+        self.rng.set_state(saved["rng"])
+        self.at = None if saved["at"] is None else saved["at"].numpy()
+
+    def take(self, n, overlap=0, inside_document=False):
+        """(B, n) int64 tokens. A continuing row advances by n - overlap and wraps around at the end of the text.
+
+        inside_document: skip what is left of a document shorter than n, so that no piece crosses a boundary.
+        """
+        last = len(self.tokens) - n
+        if last < 0:
+            raise ValueError(f"the text has {len(self.tokens)} tokens, shorter than the {n} that are needed")
+        if self.at is None or not self.continues:
+            self.at = torch.randint(last + 1, (self.B,), generator=self.rng).numpy()
+        at = np.where(self.at > last, 0, self.at)
+        if inside_document:
+            at = self._skip_boundaries(at, n, last)
+        self.at = at + n - overlap
+        return self.tokens[at[:, None] + np.arange(n)].astype(np.int64)
+
+    def _skip_boundaries(self, at, n, last):
+        """Move each place forward until n tokens without a boundary follow, past the end back to the start."""
+        for _ in range(len(self.boundaries) + 2):
+            i = np.searchsorted(self.boundaries, at)
+            boundary = np.append(self.boundaries, len(self.tokens))[i]
+            crosses = boundary < at + n
+            if not crosses.any():
+                return at
+            at = np.where(crosses, boundary + 1, at)
+            at = np.where(at > last, 0, at)
+        raise ValueError(f"no document of the text has the {n} tokens that are needed")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tasks: (rows, T) -> tokens (B, T+1), part (B, T). Inputs are tokens[:, :-1], targets tokens[:, 1:]; `part` is the loss
+# mask: 0 is not trained on and not counted, 1, 2, ... name the part of the task that the target belongs to. The last
+# token of a window is the first of the next, so windows of continuing rows join into one long stream.
+
+
+def text(rows, T):
+    """Plain text, windows of T.
+
+    import os<|bos|>"""
+    tokens = rows.take(T + 1, overlap=1)
+    return tokens, np.ones((rows.B, T), dtype=np.int8)
+
+
+def echo(rows, T):
+    """A passage of real text, then the same passage again. T = 2n + 2 for a passage of n tokens, here n = 3.
+
+    input    <bos> d  e  f <sep> d  e  f
+    target     d   e  f <sep> d  e  f <bos>
+    part       1   1  1   0   2  2  2   0       1 text, 2 echo
+
+    Inside T nothing need ever be forgotten, so a model trained from zero states never learns to.
+    """
+    n = T // 2 - 1
+    if T % 2 or n < 1:
+        raise ValueError(f"echo needs an even T of at least 4, got {T}")
+    passage = rows.take(n, inside_document=True)
+    bos, sep = (np.full((rows.B, 1), x) for x in (rows.corpus.bos, rows.corpus.sep))
+    tokens = np.concatenate([bos, passage, sep, passage, bos], axis=1)
+    part = np.repeat(np.array([1, 0, 2, 0], dtype=np.int8), [n, 1, n, 1])
+    return tokens, np.tile(part, (rows.B, 1))
+
+
+EPISODES = 4
+
+
+def echo_windows(rows, T):
+    """Windows of four episodes of echo, T/4 tokens each, cut at random offsets: the sceptic's control.
+
+    ... e  f <bos> g  h  i <sep> g  h  i <bos> j  k  l <sep> j  k  l <bos> m  n ...
+
+    Models trained on it see one episode follow another. Continuing rows (streams) are cut at whole episodes.
+    """
+    if T % EPISODES:
+        raise ValueError(f"echo_windows needs a T that {EPISODES} divides, got {T}")
+    short = T // EPISODES
+    if rows.continues:
+        return stream(echo, rows, short, EPISODES)
+    tokens, part = stream(echo, rows, short, EPISODES + 1)
+    at = torch.randint(short, (rows.B, 1), generator=rows.rng).numpy() + np.arange(T + 1)
+    return np.take_along_axis(tokens, at, 1), np.take_along_axis(part, at[:, :-1], 1)
+
+
+def copy(rows, T):
+    """The paper's synthetic copying (Jelassi et al. 2024): letters to repeat, 5 to 20 of them, packed into T.
+
+    input    $  x  k  c  q  h  |  x  k  c  q  h  .  $  ...
+    target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
+    part     0  0  0  0  0  0  1  1  1  1  1  1  0  ...    1 the copy and the stop
+
+    Every window starts a new string, the last one of a window is cut off: rows that continue carry only their state.
+    """
+    tokens = np.full((rows.B, T + 1), ord("$"), dtype=np.int64)
+    part = np.zeros((rows.B, T), dtype=np.int8)
+    for b in range(rows.B):
+        t = 0
+        while t < T:
+            n = int(torch.randint(5, 21, (), generator=rows.rng))
+            string = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).numpy()
+            one = np.concatenate([[ord("$")], string, [ord("|")], string, [ord(".")]])
+            tokens[b, t : min(t + len(one), T)] = one[: T - t]
+            part[b, t + n + 1 : t + 2 * n + 2] = 1
+            t += len(one)
+    part[:, -1] = 0  # its target opens the next window
+    return tokens, part
+
+
+TASKS = {  # name: (function, default T, names of the parts)
+    "echo": (echo, 50, ("text", "echo")),
+    "echo_windows": (echo_windows, 200, ("text", "echo")),
+    "text": (text, 256, ("text",)),
+    "copy": (copy, 64, ("copy",)),
+}
+
+
+def stream(task, rows, T, windows):
+    """Join consecutive windows of a task: tokens (B, windows*T + 1), part (B, windows*T)."""
+    pairs = [task(rows, T) for _ in range(windows)]
+    tokens = np.concatenate([tokens[:, :-1] for tokens, _ in pairs] + [pairs[-1][0][:, -1:]], axis=1)
+    return tokens, np.concatenate([part for _, part in pairs], axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def masked_loss(logits, targets, part):
+    """Mean cross-entropy in nats, in float32, of the targets whose part is not 0. logits (B, T, C), rest (B, T)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.masked_fill(part == 0, -100).flatten())
+
+
+@torch.no_grad()
+def streaming_loss(model, tokens, bins, segment=1024, state=None):
+    """Sum of the losses (nats, float64) and number of targets in each bin, streaming: memory is that of one segment.
+
+    tokens (B, N+1) integers, NumPy or memory-mapped: inputs are all but the last column, targets all but the first,
+        each counted once; document boundaries are tokens like any other, in the stream as in training
+    bins (N,) or (B, N) integers: the bin that each target is counted in, -1 for none
+    The result does not depend on `segment`. Cross-entropy in float32 (float64 if the model is), sums in float64.
+    """
+    n_bins = int(bins.max()) + 1
+    total = torch.zeros(n_bins, dtype=torch.float64)
+    count = torch.zeros(n_bins, dtype=torch.int64)
+    device = model.lm_head.weight.device
+    B, N = tokens.shape[0], tokens.shape[1] - 1
+    for start in range(0, N, segment):
+        stop = min(start + segment, N)
+        piece = torch.from_numpy(np.asarray(tokens[:, start : stop + 1], dtype=np.int64)).to(device)
+        logits, state = model(piece[:, :-1], state)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten(), reduction="none")
+        b = np.broadcast_to(bins[..., start:stop], (B, stop - start)).reshape(-1).astype(np.int64)
+        b = torch.from_numpy(b)
+        total.index_add_(0, b.clamp(min=0), loss.double().cpu() * (b >= 0))
+        count.index_add_(0, b.clamp(min=0), (b >= 0).long())
+    return total, count
+
+
+def position_edges(T, windows, inside):
+    """Edges of the position ranges, in tokens: T times 0, 1, 2, 3, 4, 6, 8, 12, ..., finer below T if `inside`."""
+    first = [0] + ([T // 8, T // 4, T // 2] if inside else [])
+    beyond = sorted({T * m * 2**j for j in range(12) for m in (1, 3)} | {T * 2})
+    return sorted(set(first)) + [e for e in beyond if e < T * windows] + [T * windows]
+
+
+# what is at hand at one time; more overflows the caches of a CPU, to a quarter of the speed
+STREAM_ROWS, STREAM_TOKENS = 64, 64 * 200
+
+
+def position_wise(model, task_name, corpus, T, windows=64, rows=256, seed=0):
+    """Loss by position on a stream of validation text, from a zero state (the paper's position-wise perplexity).
+
+    Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, loss and count per range of edges.
+    """
+    task, _, parts = TASKS[task_name]
+    edges = position_edges(T, windows, inside=len(parts) == 1)
+    where = np.searchsorted(edges, np.arange(T * windows), side="right") - 1
+    total, count = 0, 0
+    for start in range(0, rows, STREAM_ROWS):
+        some = Rows(corpus, "val", min(STREAM_ROWS, rows - start), True, seed + start)
+        tokens, part = stream(task, some, T, windows)
+        bins = np.where(part > 0, where * len(parts) + part - 1, -1)
+        bin_total, bin_count = streaming_loss(
+            model, tokens, bins, segment=max(1, STREAM_TOKENS // len(tokens))
+        )
+        total, count = total + bin_total, count + bin_count
+    total, count = (x.view(-1, len(parts)).T for x in (total, count))
+    losses = {
+        name: {"loss": (total[i] / count[i]).tolist(), "count": count[i].tolist()}
+        for i, name in enumerate(parts)
+    }
+    return {"T": T, "edges": edges, "parts": losses}
