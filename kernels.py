@@ -2,20 +2,22 @@
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in (0, 1]
 
-    B  batch                  G  groups: heads h*G//H share q and k      K  key size of a head (Mamba-2: d_state N)
-    T  length                 H  heads                                   V  value size of a head (Mamba-2: headdim P)
+    B  batch       G  groups: head h reads q, k of group h*G//H       K  key size of a head (Mamba-2: d_state)
+    T  length      H  heads                                           V  value size (Mamba-2: headdim)
 
     q, k    (B, T, G, K)                v  (B, T, H, V)
     log_a   (B, T, H)    one decay per head (Mamba-2), or
             (B, T, H, K) one decay per key channel (GLA, Mamba-1); never positive
     state   (B, H, K, V) the S that the first step starts from, never below float32; None means zeros
 
-Every function returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V)); gradients reach every input and the
-initial state, and flow in from the final state. Bad shapes raise a ValueError that names the argument.
+Every function returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V)); gradients reach every input
+and the initial state, and flow in from the final state. q, k, v share one dtype; what does not fit raises a
+ValueError that names it (a log_a above 0 only on a CPU: to look at it on a GPU would stall every call).
 """
 
 import math
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,6 @@ def _check(q, k, v, log_a, state):
             name in "kv" and x.dtype != q.dtype
         ):  # log_a and state may differ: they are computed in float32 at least
             raise ValueError(f"{name} {tuple(x.shape)} is {x.dtype}, expected {q.dtype} like q")
-    # on a GPU this look would make the host wait for the device at every call
     if (
         log_a.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -68,7 +69,7 @@ def _check(q, k, v, log_a, state):
 
 def recurrent_scan(q, k, v, log_a, state=None):
     """The definition, one step at a time: the oracle of every test. Shapes as at the top of this file."""
-    B, T, G, H, K, V = _check(q, k, v, log_a, state)
+    B, _, G, H, K, V = _check(q, k, v, log_a, state)
     dtype = torch.promote_types(v.dtype, torch.float32)
     S = q.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
     q, k = (x.to(dtype).repeat_interleave(H // G, dim=2) for x in (q, k))
@@ -85,9 +86,10 @@ def recurrent_scan(q, k, v, log_a, state=None):
 def _scores_vector(q, k, b):
     """Scores sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: (..., L, K) -> (..., L, L), L a power of two.
 
-    e^(b_t - b_s) does not factor into e^(b_t) e^(-b_s): with strong decay the second overflows. But every pair s < t is
-    parted by exactly one midpoint m of the halves, quarters, ... of the chunk, and e^(b_t - b_m) e^(b_m - b_s) has no
-    positive exponent. So: log2(L) levels, each a matmul, exact at any decay; s = t needs no decay at all.
+    e^(b_t - b_s) does not factor into e^(b_t) e^(-b_s): with strong decay the second overflows. But every
+    pair s < t is parted by exactly one midpoint m of the halves, quarters, ... of the chunk, and e^(b_t -
+    b_m) e^(b_m - b_s) has no positive exponent. So: log2(L) levels, each a matmul, exact at any decay; s = t
+    needs no decay at all.
     """
     *lead, L, K = q.shape
     scores = (q * k).sum(-1).view(*lead, L, 1, 1)
@@ -113,7 +115,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         o_t = sum_{s <= t} e^(b_t - b_s) (q_t . k_s) v_s + e^(b_t) S^T q_t          inside + from before
         S'  = e^(b_L) S + sum_s e^(b_L - b_s) k_s v_s^T                             to the next chunk
 
-    No exponent is positive, so nothing overflows at any decay. Plain autograd. Shapes as at the top of this file.
+    No exponent is positive, so nothing overflows at any decay. Plain autograd. Shapes as at the file's top.
     """
     B, T, G, H, K, V = _check(q, k, v, log_a, state)
     dtype, out_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
@@ -127,9 +129,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     if vector:
         L = 1 << (L - 1).bit_length()  # the halving in _scores_vector wants a power of two
         n = math.ceil(T / L)
-    pad = (
-        n * L - T
-    )  # steps with k = 0 and log_a = 0 in front: they change no state, and every chunk ends in a real step
+    # steps with k = 0 and log_a = 0 in front: they change no state, and every chunk ends in a real step
+    pad = n * L - T
 
     def chunks(x):  # (B, T, ...) -> (B, n, L, ...)
         x = F.pad(x.to(dtype), (0, 0) * (x.dim() - 2) + (pad, 0)) if pad else x.to(dtype)
@@ -141,7 +142,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     v = chunks(v).unflatten(3, (G, R)).transpose(2, 3)  # (B, n, G, L, R, V)
     # (B, n, G, L, K), or (B, n, G, L, R) with one decay per head
     b = chunks(log_a if vector else log_a.unflatten(2, (G, R))).cumsum(2).transpose(2, 3)
-    # b_L - b_s, with a constant 0 at s = L: as a difference it would leave rounding noise in the gradient of log_a
+    # b_L - b_s, with a constant 0 at s = L: a difference would leave rounding noise in the gradient of log_a
     to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
     if vector:
@@ -177,81 +178,87 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
 def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=None):
     """The same as one fused GPU kernel that is its own gradient. Shapes as at the top of this file.
 
-    Write dS_t for the gradient of the loss with respect to S_t, through everything that comes after, D for the gradient
-    that arrives at the final state, and dO_t for the one that arrives at o_t. Differentiating the recurrence gives
+    Let dO_t be the gradient that arrives at o_t, R_T the one that arrives at the final state, and dS_t all
+    that reaches S_t, from its own step and the later ones. Differentiating the recurrence gives
 
-        dS_t = q_t dO_t^T + R_t        R_t = diag(a_{t+1}) dS_{t+1}        R_T = D
-        dq_t = S_t dO_t        dk_t = dS_t v_t        dv_t = dS_t^T k_t        dstate = R_0 = diag(a_1) dS_1
+        dS_t = q_t dO_t^T + R_t        R_{t-1} = diag(a_t) dS_t        (R_0 is the initial state's gradient)
+        dq_t = S_t dO_t        dk_t = dS_t v_t        dv_t = dS_t^T k_t
 
-    The first line is the recurrence again, in reverse time; the second reads a state as o_t = S_t^T q_t does. So one
-    kernel, "carry k v^T in a decaying state, read it with q", is called four times with the roles swapped:
+    The first line is the recurrence again, in reverse time; the second reads a state as o_t = S_t^T q_t does.
+    So one kernel, "add k v^T to a decaying state, read it with q", is called four times with the roles
+    swapped:
 
-        call      q    k    v    starts from        time     decay acts on    gives
-        forward   q    k    v    state              forward  key rows         o, final state
-        dq        dO   v    k    state transposed   forward  value columns    dq
-        dk        v    dO   q    D transposed       reverse  value columns    dk
-        dv        k    q    dO   D                  reverse  key rows         dv, and dstate as its final state
+        call      q    k    v    starts from      time     decay acts on    gives
+        forward   q    k    v    S_0              forward  key rows         o, and S_T as its final state
+        dq        dO   v    k    S_0 transposed   forward  value columns    dq
+        dk        v    dO   q    R_T transposed   reverse  value columns    dk
+        dv        k    q    dO   R_T              reverse  key rows         dv, and R_0 as its final state
 
-    One program owns `block` value columns of one head and walks through the chunks with its K x block state in registers:
-    no state goes to memory, nothing is added atomically, every run gives the same bits. Inside a chunk of L steps, with
-    b_t = log a_1 + ... + log a_t, "earlier" in the call's own time, and S the state that enters:
+    One program owns `block` value columns of one head and walks through the chunks, its K x block piece of
+    the state in registers: no state goes to memory, no two programs add to one number, every run gives the
+    same bits. In a chunk of L steps with b_t = log a_1 + ... + log a_t, S entering, and "before" meant in the
+    call's time:
 
-        o_t = sum_{s earlier or t} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t        S' = e^(b_L) S + sum_s c_out(s) k_s v_s^T
+        o_t = sum_{s = t or before} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t
+        S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T
 
                   decay(s, t)      c_in(t)          c_out(s)
         forward   e^(b_t - b_s)    e^(b_t)          e^(b_L - b_s)
         reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
 
-    No exponent is ever positive. One decay per head: decay(s, t) is a matrix. One per channel: the halving of
-    _scores_vector, log2(L) masked matmuls.
+    No exponent is ever positive. With one decay per head decay(s, t) is a matrix; with one per channel it
+    becomes log2(L) masked matmuls by the halving of _scores_vector.
 
-    The decay's gradient needs no fifth call. By definition d log a_t = sum_V (diag(a_t) S_{t-1}) * dS_t, and between
-    neighbours everything cancels but what q reads and what k writes, other than at the step itself:
+    The decay's gradient needs no fifth call. d log a_t adds up all pairs of a k_s, s < t, with a q_u, u >= t
+    (S_0 counts as a first k, R_T as a last q). So from t + 1 to t it gains what q_t read and loses what k_t
+    wrote:
 
-        d log a_t = d log a_{t+1} + q_t * (dq_t - own) - k_t * (dk_t - own)        own: the part from s = t, equal in both
+        d log a_t = d log a_{t+1} + q_t * dq_t - k_t * dk_t        (and summed over K with one decay per head)
 
-    (summed over K with one decay per head). The dq call stores the first product in float32; the dk call, in reverse time
-    anyway, subtracts the second and sums. It starts from the definition at t = T, the state before the last k v^T times D.
+    dq and dk here without the pair s = t, which is in neither sum: without it nothing large cancels and 1e-13
+    is right to 1e-4. The dq call stores q * dq in float32; the dk call, in reverse time anyway, subtracts and
+    sums. It starts from what S_T without the last k v^T, which the dq call leaves behind, has in common with
+    R_T.
 
-    Few heads and a long sequence would leave most of a GPU idle, so T is cut into `segments` that run side by side: a call
-    without output gives what each adds to the state, a short loop chains them, and the sum for d log a starts afresh in each.
+    Few heads and a long sequence would leave a GPU idle, so T is cut into `segments` that run side by side: a
+    call without output finds what each adds to the state, a short loop chains them, each restarts the sum for
+    d log a.
 
-    q, k, v are all float32, bfloat16 or float16; sums, decays and states are float32; o is in v's dtype. K is at most 256;
-    sizes that are no power of two are padded, to at least 16: with V = 1 (Mamba-1) v becomes as large as log_a.
-    None lets the function choose `chunk` (a power of two >= 16), `block` (the same) and `segments`. On a CPU this runs only
-    in Triton's interpreter. Raises ValueError for what it cannot take, ImportError without Triton.
+    q, k, v are all float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256. Sizes
+    are padded to powers of two, 16 or more: with V = 1 (Mamba-1) v becomes as large as log_a. `chunk`,
+    `block` (powers of two, 16 or more) and `segments` are chosen where None. On a CPU it runs only in
+    Triton's interpreter. Raises ValueError for what it cannot take, ImportError without Triton.
     """
-    B, T, G, H, K, V = _check(q, k, v, log_a, state)
+    B, T, _, H, K, V = _check(q, k, v, log_a, state)
     if triton is None:
         raise ImportError("triton_scan needs the triton package, which is not installed: use chunked_scan")
-    if reason := _unfit(q, K):
-        raise ValueError(f"{reason}: use chunked_scan")
+    if unfit := _unfit(q):
+        raise ValueError(f"{unfit}: use chunked_scan")
     half, vector = q.dtype != torch.float32, log_a.dim() == 4
-    chunk = chunk or (64 if half and not vector else 16)
-    block = block or (32 if vector else 64 if half else 16)
+    chunk = (64 if half and not vector else 16) if chunk is None else chunk
+    block = (16 if not half else 32 if vector or K > 128 else 64) if block is None else block
     for name, size in {"chunk": chunk, "block": block}.items():
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name} is {size}, expected a power of two of at least 16")
 
-    parts = triton.cdiv(V, 128)  # V = 256 becomes two heads of 128 with the same q, k, log_a
+    parts = triton.cdiv(V, 128)  # V = 256 becomes two heads of 128 with the same q, k and log_a
     K_, V_ = (max(16, triton.next_power_of_2(size)) for size in (K, triton.cdiv(V, parts)))
-    wider_k, wider_v = K_ - K, parts * V_ - V
-    q, k = F.pad(q, (0, wider_k)), F.pad(k, (0, wider_k))
-    v = F.pad(v, (0, wider_v)).reshape(B, T, H * parts, V_)
-    log_a = F.pad(log_a.float(), (0, wider_k)) if vector else log_a.float()
+    more_k, more_v = K_ - K, parts * V_ - V
+    q, k, v = _pad(q, 0, more_k), _pad(k, 0, more_k), _pad(v, 0, more_v).reshape(B, T, H * parts, V_)
+    log_a = _pad(log_a.float(), 0, more_k if vector else 0)
     if state is None:
         state = _zeros(q, B, H * parts, K_, V_)
     else:
-        state = F.pad(state.float(), (0, wider_v, 0, wider_k)).unflatten(3, (parts, V_))
+        state = _pad(state.float(), 0, more_v, 0, more_k).unflatten(3, (parts, V_))
         state = state.transpose(2, 3).reshape(B, H * parts, K_, V_)
     if segments is None:
         segments = 1
-        if (
-            q.is_cuda
-        ):  # two programs for each multiprocessor; below three segments the extra call costs what it gains
-            wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
-            wanted = min(wanted // (B * H * parts * max(1, V_ // block)), T // 1024)
-            segments = wanted if wanted > 2 else 1
+        if q.is_cuda:  # two programs per multiprocessor; fewer than three segments gain less than they cost
+            programs = B * H * parts * max(1, V_ // block)
+            wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count // programs
+            segments = max(1, min(wanted, T // 1024)) if wanted > 2 else 1
+    if segments < 1:
+        raise ValueError(f"segments is {segments}, expected at least 1")
     segment = triton.cdiv(triton.cdiv(T, chunk), segments) * chunk
 
     o, final, _ = _forward(q, k, v, log_a, state, [chunk, block, segment])
@@ -259,17 +266,21 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=Non
     return o.reshape(B, T, H, parts * V_)[..., :V], final[:, :, :K, :V]
 
 
-def _unfit(q, K):
-    """Why triton_scan cannot take these inputs, or None."""
+def _unfit(q):
+    """Why triton_scan cannot take inputs like q (B, T, G, K), or None."""
     interpreted = not isinstance(scan_kernel, triton.JITFunction)
-    if q.dtype == torch.float64:
-        return "q is torch.float64, but the kernel computes in float32"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q {tuple(q.shape)} is {q.dtype}, but the kernel takes float32, bfloat16 or float16"
     if q.dtype == torch.bfloat16 and interpreted:
-        return "q is torch.bfloat16, which Triton's interpreter multiplies wrongly"
-    if K > 256:
-        return f"q has K = {K}, but the kernel's state has room for K = 256"
+        return f"q {tuple(q.shape)} is torch.bfloat16, which Triton's interpreter multiplies wrongly"
+    if q.shape[3] > 256:
+        return f"q {tuple(q.shape)} has K = {q.shape[3]}, but the kernel has room for a state of K = 256"
     if not (q.is_cuda or interpreted):
-        return f"q is on {q.device}, but the kernel needs an NVIDIA GPU or TRITON_INTERPRET=1 set before Triton is imported"
+        return f"q {tuple(q.shape)} is on {q.device}, but the kernel needs a GPU (or TRITON_INTERPRET=1)"
+
+
+def _pad(x, *sizes):
+    return F.pad(x, sizes) if any(sizes) else x  # F.pad copies even when there is nothing to add
 
 
 def _zeros(like, *shape):
@@ -277,16 +288,14 @@ def _zeros(like, *shape):
     return like.new_zeros((), dtype=torch.float32).expand(shape)
 
 
-@torch.library.custom_op(
-    "lengthgen::scan_forward", mutates_args=()
-)  # opaque to torch.compile: no graph break
+@torch.library.custom_op("lengthgen::scan_forward", mutates_args=())  # torch.compile does not look inside
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, state: Tensor, tile: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the final state, and b in base 2: log_a summed within each chunk, for the gradient. tile: chunk, block, segment."""
+    """o, the final state, and b in base 2 for the gradient. tile is chunk, block and steps per segment."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     T, chunk = q.shape[1], tile[0]
-    b = F.pad(log_a * math.log2(math.e), (0, 0) * (log_a.dim() - 2) + (0, -T % chunk))
+    b = _pad(log_a * math.log2(math.e), *(0, 0) * (log_a.dim() - 2), 0, -T % chunk)
     b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
     decay = "scalar" if b.dim() == 3 else "key"
     o, enter, final, leave = torch.empty_like(v), *_chain(k, v, b, state, tile, decay)
@@ -300,18 +309,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, log_a and state."""
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous()
-    (B, T, H, V), K = v.shape, q.shape[3]
+    (B, T, H, _), K = v.shape, q.shape[3]
     rows, columns = ("scalar", "scalar") if b.dim() == 3 else ("key", "value")
     S, _, _ = _chain(k, v, b, state, tile, rows)
     R, dstate, leave = _chain(q, do, b, dfinal, tile, rows, reverse=True)
-    S_T, R_T = S.transpose(3, 4), R.transpose(3, 4)
+    S_, R_ = S.transpose(3, 4), R.transpose(3, 4)
     dq, dk, dv = q.new_empty(B, T, H, K), q.new_empty(B, T, H, K), torch.empty_like(v)
     qdq = b.new_empty((B, H, K // min(K, tile[1]), T) if rows == "scalar" else (B, T, H, K))
     dlog_a = torch.empty_like(qdq)
-    last = S_T.new_empty(S_T.shape)
-    _call(do, v, k, b, S_T, tile, columns, o=dq, leave=last, x=q, qdq=qdq)
-    anchor = (last * R_T).sum(3)
-    _call(v, do, q, b, R_T, tile, columns, reverse=True, o=dk, x=k, qdq=qdq, anchor=anchor, dlog_a=dlog_a)
+    before_last = torch.empty_like(S_, memory_format=torch.contiguous_format)
+    _call(do, v, k, b, S_, tile, columns, o=dq, leave=before_last, x=q, qdq=qdq)
+    anchor = (before_last * R_).sum(3)
+    _call(v, do, q, b, R_, tile, columns, reverse=True, o=dk, x=k, qdq=qdq, anchor=anchor, dlog_a=dlog_a)
     _call(k, q, do, b, R, tile, rows, reverse=True, o=dv, leave=leave)
     if rows == "scalar":
         dlog_a = dlog_a.sum(2).transpose(1, 2)
@@ -350,9 +359,9 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _chain(k, v, b, state, tile, decay, reverse=False):
-    """The states that enter the segments (B, segments, H, K, V), the state that leaves the last one, and where to write it.
+    """States that enter the segments (B, segments, H, K, V), the one that leaves the last, where to write it.
 
-    With one segment the main call itself writes the leaving state; with more it is known before and there is nothing to write.
+    With one segment the main call writes it; with more it is already known and there is nothing to write.
     """
     (B, H, K, V), T = state.shape, k.shape[1]
     chunk, _, segment = tile
@@ -364,46 +373,42 @@ def _chain(k, v, b, state, tile, decay, reverse=False):
     before, after = edges[:, :-1], edges[:, 1:]
     enter, leave, first, last = (after, before, -1, 0) if reverse else (before, after, 0, -1)
     _call(k, k, v, b, _zeros(k, *enter.shape), tile, decay, reverse, leave=leave)
-    b_L = b[:, [min(t, T) - 1 for t in range(chunk, T + chunk, chunk)]]
+    b_L = torch.cat([b[:, chunk - 1 : T - 1 : chunk], b[:, T - 1 :]], 1)  # at the end of each chunk
     a = torch.stack(
-        [x.sum(1) for x in b_L.split(segment // chunk, 1)], 1
-    ).exp2()  # each segment's whole decay
-    a = a.repeat_interleave(H // b.shape[2], 2)
-    a = a[..., None, None] if decay == "scalar" else a[..., None]
+        [x.sum(1).exp2() for x in b_L.split(segment // chunk, 1)], 1
+    )  # each segment's whole decay
+    a = a.repeat_interleave(H // b.shape[2], 2)[..., None]
+    a = a[..., None] if decay == "scalar" else a
     edges[:, first] = state
     for i in reversed(range(segments)) if reverse else range(segments):
         leave[:, i].addcmul_(a[:, i], enter[:, i])
     return enter, edges[:, last].clone(), None
 
 
-def _call(
-    q,
-    k,
-    v,
-    b,
-    enter,
-    tile,
-    decay,
-    reverse=False,
-    o=None,
-    leave=None,
-    x=None,
-    qdq=None,
-    anchor=None,
-    dlog_a=None,
-):
+def _call(q, k, v, b, enter, tile, decay, reverse=False, leave=None, x=None, **others):
     """One launch of the kernel; enter and leave are (B, segments, H, K, V) of any strides."""
-    (B, segments, H, K, V), T = enter.shape, q.shape[1]
-    chunk, block, segment = tile
+    (B, segments, H, K, V), (chunk, block, segment) = enter.shape, tile
     block = min(block, V)
+    heads = [1 if y is None else y.shape[2] for y in (q, k, v, b, x)]
+    strides = [*enter.stride(), *(enter if leave is None else leave).stride()]
+    sizes = [H, *heads, K, V, chunk, block, chunk.bit_length() - 1]
+    options = dict(num_warps=4 if K * block > 1024 else 1, num_stages=2)
     scan_kernel[(B * segments * H * (V // block),)](
-        *(q, k, v, b, enter, o, leave, x, qdq, anchor, dlog_a, T, segment),
-        *(*enter.stride(), *(enter if leave is None else leave).stride()),
-        **dict(
-            H=H, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], HB=b.shape[2], HX=1 if x is None else x.shape[2]
-        ),
-        **dict(K=K, V=V, L=chunk, BLOCK=block, LEVELS=chunk.bit_length() - 1),
-        **dict(REVERSE=reverse, DECAY=decay, num_warps=4 if K * block > 1024 else 1, num_stages=2),
+        q,
+        k,
+        v,
+        b,
+        enter,
+        leave,
+        x,
+        q.shape[1],
+        segment,
+        *strides,
+        *sizes,
+        reverse,
+        decay,
+        **others,
+        **options,
     )
 
 
@@ -411,15 +416,17 @@ if triton is not None:
 
     @triton.jit
     def scan_kernel(
-        q, k, v, b, enter, o, leave,  # leave: written, like o
-        x, qdq, anchor, dlog_a,  # for the decay's gradient; x is the q or k whose gradient o is
-        T, segment,
+        q, k, v, b, enter, leave, x, T, segment,
         enter_b, enter_s, enter_h, enter_k, enter_v, leave_b, leave_s, leave_h, leave_k, leave_v,  # strides
-        H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr, HX: tl.constexpr,
-        K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
-        REVERSE: tl.constexpr, DECAY: tl.constexpr,  # DECAY: "scalar", "key" or "value"
+        H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr,
+        HX: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+        LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,  # "scalar", "key" or "value"
+        o=None, qdq=None, anchor=None, dlog_a=None,  # dq call: writes o, qdq; dk call: also reads qdq
     ):  # fmt: skip
-        """Any of the four calls, in the letters of its role. H heads run; q has HQ of them, shared evenly, and so on."""
+        """Any of the four calls, in the letters of its role. H heads run, q has HQ of its own, k HK ...
+
+        x is the q or k whose gradient o is. Strides are of (B, segments, H, K, V).
+        """
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)  # a 1-d grid: the other axes stop at 65535
@@ -486,7 +493,7 @@ if triton is not None:
                 else:
                     y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in
                     A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
-                if qdq is not None:  # the step itself stays apart: d log a is the sum of all but it
+                if qdq is not None:  # s = t stays apart: d log a does not want it
                     own = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True) * v_t
 
                 if DECAY == "scalar":
@@ -550,7 +557,7 @@ BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan, "triton": trit
 _announced = set()
 
 
-@torch.compiler.assume_constant_result  # under torch.compile: say it while tracing, leave no trace in the graph
+@torch.compiler.assume_constant_result  # under torch.compile: said while tracing, not part of the graph
 def _announce(backend, reason):
     if backend not in _announced:
         _announced.add(backend)
@@ -558,14 +565,14 @@ def _announce(backend, reason):
 
 
 def scan(q, k, v, log_a, state=None, backend=None):
-    """One of the functions above; says once on stdout which one and why. `backend` None picks, a name forces."""
+    """One of the functions above; says once on stdout which and why. backend None picks, a name forces."""
     reason = "asked for"
     if backend is None:
         if not q.is_cuda or torch.version.hip:
             backend, reason = "chunked", "plain PyTorch matmuls run on any device"
         elif triton is None:
             backend, reason = "chunked", "the triton package is not installed"
-        elif unfit := _unfit(q, q.shape[-1]):
+        elif unfit := _unfit(q):
             backend, reason = "chunked", unfit
         else:
             backend, reason = "triton", "one fused kernel on NVIDIA GPUs"
@@ -579,104 +586,99 @@ def scan(q, k, v, log_a, state=None, backend=None):
 
 
 def _inputs(B, T, G, H, K, V, vector, dtype, device):
-    """Random q, k, v, log_a, state, as leaves that want gradients, and a random gradient for each output."""
+    """Random q, k, v, log_a, state that want gradients, and random gradients for both outputs."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(B, T, *size, device=device) for size in ((G, K), (G, K), (H, V)))
-    log_a = -F.softplus(torch.randn(B, T, H, *[K] * vector, device=device) - 1)
-    state, do, dfinal = (
-        torch.randn(B, H, K, V, device=device),
-        torch.randn_like(v),
-        torch.randn(B, H, K, V, device=device),
-    )
-    leaves = [q.to(dtype), (k / K**0.5).to(dtype), v.to(dtype), log_a, state]
-    return [x.requires_grad_() for x in leaves], (do.to(dtype), dfinal)
+    sizes = (B, T, G, K), (B, T, G, K), (B, T, H, V), (B, T, H, K) if vector else (B, T, H), (B, H, K, V)
+    q, k, v, log_a, state = (torch.randn(size, device=device) for size in sizes)
+    inputs = [q.to(dtype), (k / K**0.5).to(dtype), v.to(dtype), -F.softplus(log_a - 1), state]
+    return [x.requires_grad_() for x in inputs], [torch.randn_like(x.detach()) for x in (inputs[2], state)]
+
+
+def _step(fn, inputs, cotangents):
+    """Both outputs and all gradients, in one tuple."""
+    outputs = fn(*inputs)
+    return outputs + torch.autograd.grad(outputs, inputs, cotangents)
 
 
 def _error_table(device):
     """Relative error of every output and gradient against the recurrence in float64."""
     names = ("o", "final", "dq", "dk", "dv", "dlog_a", "dstate")
-    print(f"{'backend':<10}{'decay per':<10}{'dtype':<10}" + "".join(f"{name:>9}" for name in names))
+    print(f"{'backend':<10}{'decay per':<10}{'dtype':<10}" + "".join(f"{name:>8}" for name in names))
     size = (2, 1000, 2, 4, 128, 64) if device == "cuda" else (1, 100, 1, 2, 24, 16)
     for vector in (False, True):
         for dtype in (torch.float32, torch.bfloat16 if device == "cuda" else torch.float16):
             inputs, cotangents = _inputs(*size, vector, dtype, device)
             exact = [x.detach().double().requires_grad_() for x in inputs]
-            wanted = recurrent_scan(*exact)
-            wanted = *wanted, *torch.autograd.grad(wanted, exact, [x.double() for x in cotangents])
+            wanted = _step(recurrent_scan, exact, [x.double() for x in cotangents])
             for name, backend in BACKENDS.items():
                 if name == "triton" and triton is None:
                     continue
-                got = backend(*inputs)
-                got = *got, *torch.autograd.grad(got, inputs, cotangents)
+                got = _step(backend, inputs, cotangents)
                 errors = [(x.double() - y).norm() / y.norm() for x, y in zip(got, wanted, strict=True)]
                 line = f"{name:<10}{'channel' if vector else 'head':<10}{str(dtype)[6:]:<10}"
-                print(line + "".join(f"{error.item():9.0e}" for error in errors), flush=True)
+                print(line + "".join(f"{error.item():8.0e}" for error in errors), flush=True)
+
+
+def _simple_gla(q, k, v, log_a, state):
+    from fla.ops.simple_gla import chunk_simple_gla  # it has no groups
+
+    q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
+    return chunk_simple_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
+
+
+def _gla(q, k, v, log_a, state):
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
+
+
+def _mamba_ssm(q, k, v, log_a, state):
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    # log_a = dt A with A = -1; it also scales v by dt, so this is not our result but the same work
+    A, state = -log_a.new_ones(log_a.shape[2]), state.transpose(2, 3)
+    options = dict(chunk_size=256, initial_states=state, return_final_states=True)
+    o, final = mamba_chunk_scan_combined(v, -log_a, A, k, q, **options)
+    return o, final.transpose(2, 3)
+
+
+def _time(fn):
+    """Microseconds on the GPU alone: a replayed CUDA graph waits for no Python."""
+    return triton.testing.do_bench_cudagraph(fn) * 1e3
 
 
 def _time_table():
-    """Microseconds, and the share of the floor: the time this GPU needs to move the bytes or to do the matmuls."""
-    bench = triton.testing.do_bench  # milliseconds
-    x, m = (
-        torch.empty(2**30, dtype=torch.uint8, device="cuda"),
-        torch.randn(8192, 8192, device="cuda").bfloat16(),
-    )
-    bandwidth = 2 * x.numel() / bench(lambda: x.clone()) * 1e3
-    rate = 2 * 8192**3 / bench(lambda: m @ m) * 1e3
-    print(
-        f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s, multiplies {rate / 1e12:.0f} TFLOP/s"
-    )
-    del x, m
-
-    def simple_gla(q, k, v, log_a, state):
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
-        return chunk_simple_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
-
-    def gla(q, k, v, log_a, state):
-        from fla.ops.gla import chunk_gla
-
-        return chunk_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
-
-    def mamba_ssm(q, k, v, log_a, state):
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-        # its decay is e^(dt A): log_a as dt with A = 1 is our recurrence with v scaled by log_a, the same work
-        one, state = log_a.new_ones(log_a.shape[2]), state.transpose(2, 3)
-        return mamba_chunk_scan_combined(
-            v, log_a, one, k, q, 256, initial_states=state, return_final_states=True
-        )
-
-    for name, size, vector in (
-        ("Mamba-2-370m", (8, 2048, 1, 32, 128, 64), False),
-        ("Mamba-2-1.3b", (8, 2048, 1, 64, 128, 64), False),
-        ("GLA-340M", (8, 2048, 4, 4, 128, 256), True),
-        ("Mamba-2-370m", (1, 131072, 1, 32, 128, 64), False),
-        ("GLA-340M", (1, 131072, 4, 4, 128, 256), True),
+    """Times, and the floor's share in each: what this GPU needs to move the bytes or to do the matmuls."""
+    m = torch.randn(16384, 16384, device="cuda", dtype=torch.bfloat16)
+    bandwidth, rate = 2 * m.nbytes / _time(m.clone), 2 * 16384**3 / _time(lambda: m @ m)  # per us
+    print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e6:.2f} TB/s copied, {rate / 1e6:.0f} TFLOP/s")
+    mamba, gla = [torch.compile(chunked_scan), _simple_gla, _mamba_ssm], [torch.compile(chunked_scan), _gla]
+    for model, size, vector, rivals in (
+        ("Mamba-2-370m", (8, 2048, 1, 32, 128, 64), False, mamba),
+        ("Mamba-2-1.3b", (8, 2048, 1, 64, 128, 64), False, mamba),
+        ("GLA-340M", (8, 2048, 4, 4, 128, 256), True, gla),
+        # torch.compile would unroll 4096 chunks
+        ("Mamba-2-370m", (1, 131072, 1, 32, 128, 64), False, mamba[1:]),
+        ("GLA-340M", (1, 131072, 4, 4, 128, 256), True, gla[1:]),
     ):
         B, T, _, H, K, V = size
         inputs, cotangents = _inputs(*size, vector, torch.bfloat16, "cuda")
-        read = sum(x.nbytes for x in inputs)
-        wrote = sum(x.nbytes for x in cotangents)
+        read, wrote = (sum(x.nbytes for x in tensors) for tensors in (inputs, cotangents))
         flops = B * T * H * (4 * K * V + 2 * 64 * (K + V))  # chunks of 64
-        # backward reads the inputs and the outputs' gradients, and writes the inputs' gradients
-        floors = [max(nbytes / bandwidth, work / rate) * 1e6 for nbytes, work in (
-            (read + wrote, flops), (3 * read + 2 * wrote, 4 * flops))]  # fmt: skip
-        print(f"{name}, B {B}, T {T}: floor {floors[0]:.0f} us forward, {floors[1]:.0f} us with backward")
-        rivals = [gla] if vector else [simple_gla, mamba_ssm]
-        if T <= 2048:  # torch.compile unrolls the loop over chunks
-            rivals = [torch.compile(chunked_scan), *rivals]
-        for fn in [triton_scan, *rivals]:
-            label = getattr(fn, "__name__", "chunked_scan")
+        # backward reads the inputs and the outputs' gradients, writes the inputs' gradients, in three calls
+        floors = [max((read + wrote) / bandwidth, flops / rate)]
+        floors += [max((3 * read + 2 * wrote) / bandwidth, 4 * flops / rate)]
+        print(f"{model}, B {B}, T {T}: us forward and with backward; floor {floors[0]:.0f}, {floors[1]:.0f}")
+        for fn in (triton_scan, *rivals):
             try:
                 with torch.no_grad():
-                    forward = bench(lambda: fn(*inputs)) * 1e3
-                both = bench(lambda: torch.autograd.grad(fn(*inputs), inputs, cotangents)) * 1e3
-            except (ImportError, torch.OutOfMemoryError) as error:
-                print(f"  {label:<14}{type(error).__name__}: {str(error).splitlines()[0]}")
+                    forward = _time(partial(fn, *inputs))
+                both = _time(partial(_step, fn, inputs, cotangents))
+            except (ImportError, RuntimeError) as error:  # not installed; out of memory
+                print(f"  {fn.__name__:<14}{type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
-            shares = f"{floors[0] / forward:6.0%} {floors[1] / both:6.0%}"
-            print(f"  {label:<14}{forward:9.0f} {both:9.0f}  {shares} of the floor", flush=True)
+            shares = f"{floors[0] / forward:6.0%}{floors[1] / both:6.0%}"
+            print(f"  {fn.__name__:<14}{forward:9.0f}{both:9.0f} us{shares} of the floor", flush=True)
 
 
 if __name__ == "__main__":
