@@ -1,4 +1,4 @@
-"""The one recurrence behind Mamba-2, GLA and Mamba-1, by definition and in chunks.
+"""The one recurrence behind Mamba-2, GLA and Mamba-1: by definition, in chunks, and as one GPU kernel.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in (0, 1]
 
@@ -195,9 +195,9 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=Non
         dv        k    q    dO   R_T              reverse  key rows         dv, and R_0 as its final state
 
     One program owns `block` value columns of one head and walks through the chunks, its K x block piece of
-    the state in registers: no state goes to memory, no two programs add to one number, every run gives the
-    same bits. In a chunk of L steps with b_t = log a_1 + ... + log a_t, S entering, and "before" meant in the
-    call's time:
+    the state in registers: none goes to memory on the way, no two programs add to one number, and every run
+    gives the same bits. In a chunk of L steps with b_t = log a_1 + ... + log a_t, S entering, and "before"
+    meant in the call's time:
 
         o_t = sum_{s = t or before} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t
         S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T
@@ -268,15 +268,16 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=Non
 
 def _unfit(q):
     """Why triton_scan cannot take inputs like q (B, T, G, K), or None."""
-    interpreted = not isinstance(scan_kernel, triton.JITFunction)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q {tuple(q.shape)} is {q.dtype}, but the kernel takes float32, bfloat16 or float16"
-    if q.dtype == torch.bfloat16 and interpreted:
+    if q.dtype == torch.bfloat16 and INTERPRETED:
         return f"q {tuple(q.shape)} is torch.bfloat16, which Triton's interpreter multiplies wrongly"
     if q.shape[3] > 256:
         return f"q {tuple(q.shape)} has K = {q.shape[3]}, but the kernel has room for a state of K = 256"
-    if not (q.is_cuda or interpreted):
+    if not (q.is_cuda or INTERPRETED):
         return f"q {tuple(q.shape)} is on {q.device}, but the kernel needs a GPU (or TRITON_INTERPRET=1)"
+    if q.is_cuda and (gpu := torch.cuda.get_device_properties(q.device)).major < 8:
+        return f"q {tuple(q.shape)} is on {gpu.name}, but the kernel needs compute capability 8.0 or newer"
 
 
 def _pad(x, *sizes):
@@ -392,24 +393,12 @@ def _call(q, k, v, b, enter, tile, decay, reverse=False, leave=None, x=None, **o
     heads = [1 if y is None else y.shape[2] for y in (q, k, v, b, x)]
     strides = [*enter.stride(), *(enter if leave is None else leave).stride()]
     sizes = [H, *heads, K, V, chunk, block, chunk.bit_length() - 1]
-    options = dict(num_warps=4 if K * block > 1024 else 1, num_stages=2)
-    scan_kernel[(B * segments * H * (V // block),)](
-        q,
-        k,
-        v,
-        b,
-        enter,
-        leave,
-        x,
-        q.shape[1],
-        segment,
-        *strides,
-        *sizes,
-        reverse,
-        decay,
-        **others,
-        **options,
-    )
+    arguments = [q, k, v, b, enter, leave, x, q.shape[1], segment, *strides, *sizes, reverse, decay]
+    num_warps = 4 if K * block > 1024 else 1
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        scan_kernel[(B * segments * H * (V // block),)](
+            *arguments, **others, num_warps=num_warps, num_stages=2
+        )
 
 
 if triton is not None:
@@ -551,6 +540,8 @@ if triton is not None:
         if leave is not None:
             leave += i_b * leave_b + i_s * leave_s + i_h * leave_h
             tl.store(leave + c_k[:, None] * leave_k + c_v[None, :] * leave_v, S)
+
+    INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set
 
 
 BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan, "triton": triton_scan}
