@@ -35,9 +35,7 @@ except ImportError:  # Triton exists for Linux only; everything but triton_scan 
 def _check(q, k, v, log_a, state):
     """Raise a ValueError that names the argument which does not fit; returns B, T, G, H, K, V."""
     if q.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"q must be (B, T, G, K) and v (B, T, H, V), got {tuple(q.shape)} and {tuple(v.shape)}"
-        )
+        raise ValueError(f"expected q (B, T, G, K), v (B, T, H, V), got {tuple(q.shape)}, {tuple(v.shape)}")
     (B, T, G, K), (H, V) = q.shape, v.shape[2:]
     if min(q.shape) < 1 or min(v.shape) < 1:
         raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}, expected no size below 1")
@@ -54,16 +52,13 @@ def _check(q, k, v, log_a, state):
             raise ValueError(f"{name} {tuple(x.shape)} is on {x.device}, expected {q.device} like q")
         if not x.is_floating_point():
             raise ValueError(f"{name} {tuple(x.shape)} is {x.dtype}, expected a floating-point dtype")
-        if (
-            name in "kv" and x.dtype != q.dtype
-        ):  # log_a and state may differ: they are computed in float32 at least
+        # log_a and state may differ: they are computed in float32 at least
+        if name in "kv" and x.dtype != q.dtype:
             raise ValueError(f"{name} {tuple(x.shape)} is {x.dtype}, expected {q.dtype} like q")
-    if (
-        log_a.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and (worst := log_a.detach().max()) > 0
-    ):
-        raise ValueError(f"log_a {tuple(log_a.shape)} reaches {worst:.3g}, expected no log decay above 0")
+    if log_a.device.type == "cpu" and not torch.compiler.is_compiling() and log_a.max() > 0:
+        raise ValueError(
+            f"log_a {tuple(log_a.shape)} reaches {log_a.max():.3g}, expected no log decay above 0"
+        )
     return B, T, G, H, K, V
 
 

@@ -280,7 +280,7 @@ def bad(**change):
 
 
 BAD = {
-    "q must be": bad(q=torch.zeros(2, 5, 4)),
+    r"expected q .*, got \(2, 5, 4\), ": bad(q=torch.zeros(2, 5, 4)),
     r"k has shape \(2, 5, 1, 5\), expected \(2, 5, 1, 4\)": bad(k=torch.zeros(2, 5, 1, 5)),
     r"v has shape \(2, 6, 3, 6\), expected \(2, 5, 3, 6\)": bad(v=torch.zeros(2, 6, 3, 6)),
     r"v has 3 heads, which 2 groups": bad(q=torch.zeros(2, 5, 2, 4), k=torch.zeros(2, 5, 2, 4)),
