@@ -1,0 +1,7 @@
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # before any test imports kernels and with it Triton: the kernel then runs on the CPU, slowly
+    os.environ.setdefault("TRITON_INTERPRET", "1")
