@@ -565,7 +565,8 @@ def scan(q, k, v, log_a, state=None, backend=None):
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
     _announce(backend, reason)
-    return BACKENDS[backend](q, k, v, log_a, state)
+    with torch.autocast(q.device.type, enabled=False):  # the sums and the state stay in float32
+        return BACKENDS[backend](q, k, v, log_a, state)
 
 
 # ---- python kernels.py: how exact, and on a GPU how fast ----

@@ -1,9 +1,9 @@
 """Understanding and improving length generalization in recurrent models, in one file.
 
-Recurrent language models break past their training length because training from a zero state explores only part of
-the states that a long rollout reaches (Buitrago & Gu, ICML 2025, arXiv 2507.02782). The cure is to change the state
-that training sequences start from. This file holds the models and their state, those interventions, the text and
-the tasks, and the measures. The recurrence itself is in kernels.py.
+Recurrent language models break past their training length because training from a zero state explores only
+part of the states that a long rollout reaches (Buitrago & Gu, ICML 2025, arXiv 2507.02782). The cure is to
+change the state that training sequences start from. This file holds the models and their state, those
+interventions, the text and the tasks, and the measures. The recurrence itself is in kernels.py.
 
     B batch    T length (of training, when nothing else is said)    L layers    D model width    C vocabulary
     H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
@@ -250,10 +250,11 @@ LAYERS = {
 class LanguageModel(nn.Module):
     """logits, state = model(tokens, state=None)
 
-    tokens (B, T) int64 in [0, vocab_size), T >= 1; logits (B, T, vocab_size); state a list of one LayerState per layer,
-    None meaning zeros. The returned state is pure: nothing was edited in place and gradients flow through it, so
-    cutting a sequence anywhere and handing the state over is the same as not cutting. Detaching is up to the caller:
-    that choice is the whole difference between BPTT, TBTT and state passing. Bad tokens or states raise a ValueError.
+    tokens (B, T) int64 in [0, vocab_size), T >= 1; logits (B, T, vocab_size); state a list of one LayerState
+    per layer, None meaning zeros. The returned state is pure: nothing was edited in place and gradients flow
+    through it, so cutting a sequence anywhere and handing the state over is the same as not cutting.
+    Detaching is up to the caller: that choice is the whole difference between BPTT, TBTT and state passing.
+    Bad tokens or states raise a ValueError.
     """
 
     def __init__(self, config):
@@ -273,7 +274,7 @@ class LanguageModel(nn.Module):
             self.lm_head.weight = trunk_modules[embedding].weight
 
     def _init_weights(self, module):
-        """Mamba: PyTorch's own initialisation of linear maps, embedding N(0, .02). GLA: N(0, .02) for both."""
+        """Embedding N(0, .02). Linear maps: for Mamba PyTorch's own initialisation, for GLA N(0, .02)."""
         gla = self.config.layer == "gla"
         if isinstance(module, nn.Embedding) or (gla and isinstance(module, nn.Linear)):
             nn.init.normal_(module.weight, std=0.02)
@@ -322,7 +323,7 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def load_checkpoint(path):
-    """The dictionary that train.py saved in a run folder or file. ValueError if there is none; executes no code."""
+    """What train.py saved in a run folder or file, a dictionary; ValueError if none. Executes no code."""
     file = os.path.join(path, CHECKPOINT) if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise ValueError(f"no checkpoint at {file!r}, train one first or give the folder of a run")
@@ -350,16 +351,17 @@ def check_state(state, zeros):
 # ---------------------------------------------------------------------------------------------------------------
 # Interventions: from which state does the next training sequence start?
 #
-# Each is a function (state, stats, rng) -> state: the final state of the previous batch (detached), running statistics
-# of final states, a torch.Generator on the state's device. For a new idea write one function and add one entry.
+# Each is a function (state, stats, rng) -> state: the final state of the previous batch (detached), running
+# statistics of final states, a torch.Generator on the state's device. For a new idea write one function and
+# add one entry.
 
 
 class StateStatistics:
     """Running mean and std of the final states seen in training (fitted noise, paper section 3.2).
 
-    The scan's S per layer and head, the convolution's inputs per layer and channel; `mean` and `std` are states of
-    shapes that broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper leaves its estimator open: ours is an
-    exponential average over about 1/rate batches.
+    The scan's S per layer and head, the convolution's inputs per layer and channel; `mean` and `std` are
+    states of shapes that broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper leaves its estimator
+    open: ours is an exponential average over about 1/rate batches.
     """
 
     def __init__(self, rate=0.05):
@@ -425,7 +427,7 @@ def fitted_noise(state, stats, rng):
 
 
 def state_passing(state, stats, rng):
-    """The final state of the previous batch, which holds other sequences: states compound over the whole run."""
+    """The final state of the previous batch, of other sequences: states compound over the whole run."""
     return state
 
 
@@ -442,8 +444,8 @@ INTERVENTIONS = {  # name: (function, does row b of the next batch continue row 
 def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full"):
     """Apply an intervention to the final state of a batch; no gradient crosses from one batch to the next.
 
-    zero_prob: each row starts from zeros with this probability instead, so that a zero start is never unlearned.
-    carry: "full" hands over convolution and scan, "scan" the scan alone, which is all that the paper's kernel can take.
+    zero_prob: each row starts from zeros with this probability instead: a zero start is never unlearned.
+    carry: "full" hands over convolution and scan, "scan" the scan alone, all that the paper's kernel can take.
     """
     if carry not in ("full", "scan"):
         raise ValueError(f"unknown carry {carry!r}, expected full or scan")
@@ -473,7 +475,7 @@ MANY_DOCUMENTS = 20  # from here on whole documents are held out, below it the l
 
 @dataclass
 class Corpus:
-    """Tokens of a training and a validation split, with two special tokens after the tokenizer's own words."""
+    """Tokens of a training and a validation split; two special tokens follow the tokenizer's words."""
 
     name: str  # what it is, for people
     train: np.ndarray  # (N,) uint16 or uint32
@@ -496,8 +498,8 @@ class Corpus:
 def load_corpus(paths=None, tokenizer="bytes"):
     """Read text and tokenize it. Raises ValueError for a path that is missing, a corpus that is empty.
 
-    paths: None for the Python standard library of this machine, else a list of files, folders or globs: text, .jsonl
-        with a "text" field, or one nanoGPT-style .bin of uint16 tokens
+    paths: None for the Python standard library of this machine, else a list of files, folders or globs:
+        text, .jsonl with a "text" field, or one nanoGPT-style .bin of uint16 tokens
     tokenizer: "bytes" or the name of a tiktoken encoding ("gpt2", "o200k_base"); a .bin is tokenized already
     """
     if paths and any(p.endswith(".bin") for p in paths):
@@ -573,8 +575,8 @@ def _load_bin(paths):
 class Rows:
     """B rows that read pieces of text, at random places or each row onwards from where it was.
 
-    tokens (N,), from one split; continues: row b of the next piece continues row b of this one (for TBTT and for
-    streams). `rng` (torch.Generator) and `at` are all there is to save.
+    tokens (N,), from one split; continues: row b of the next piece continues row b of this one (for TBTT and
+    for streams). `rng` (torch.Generator) and `at` are all there is to save.
     """
 
     def __init__(self, corpus, split, B, continues, seed):
@@ -591,7 +593,7 @@ class Rows:
         self.at = None if saved["at"] is None else saved["at"].numpy()
 
     def take(self, n, overlap=0, inside_document=False):
-        """(B, n) int64 tokens. A continuing row advances by n - overlap and wraps around at the end of the text.
+        """(B, n) int64 tokens. A continuing row advances by n - overlap and wraps around at the end.
 
         inside_document: skip what is left of a document shorter than n, so that no piece crosses a boundary.
         """
@@ -607,7 +609,7 @@ class Rows:
         return self.tokens[at[:, None] + np.arange(n)].astype(np.int64)
 
     def _skip_boundaries(self, at, n, last):
-        """Move each place forward until n tokens without a boundary follow, past the end back to the start."""
+        """Move each place forward until n tokens without a boundary follow, past the end to the start."""
         for _ in range(len(self.boundaries) + 2):
             i = np.searchsorted(self.boundaries, at)
             boundary = np.append(self.boundaries, len(self.tokens))[i]
@@ -620,9 +622,10 @@ class Rows:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tasks: (rows, T) -> tokens (B, T+1), part (B, T). Inputs are tokens[:, :-1], targets tokens[:, 1:]; `part` is the loss
-# mask: 0 is not trained on and not counted, 1, 2, ... name the part of the task that the target belongs to. The last
-# token of a window is the first of the next, so windows of continuing rows join into one long stream.
+# Tasks: (rows, T) -> tokens (B, T+1), part (B, T). Inputs are tokens[:, :-1], targets tokens[:, 1:]; `part`
+# is the loss mask: 0 is not trained on and not counted, 1, 2, ... name the part of the task that the target
+# belongs to. The last token of a window is the first of the next, so windows of continuing rows join into one
+# long stream.
 
 
 def text(rows, T):
@@ -679,7 +682,7 @@ def copy(rows, T):
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     part     0  0  0  0  0  0  1  1  1  1  1  1  0  ...    1 the copy and the stop
 
-    Every window starts a new string, the last one of a window is cut off: rows that continue carry only their state.
+    Every window starts a new string, its last one is cut off: rows that continue carry only their state.
     """
     tokens = np.full((rows.B, T + 1), ord("$"), dtype=np.int64)
     part = np.zeros((rows.B, T), dtype=np.int8)
@@ -716,18 +719,19 @@ def stream(task, rows, T, windows):
 
 
 def masked_loss(logits, targets, part):
-    """Mean cross-entropy in nats, in float32, of the targets whose part is not 0. logits (B, T, C), rest (B, T)."""
+    """Mean float32 cross-entropy, nats, where part is not 0. logits (B, T, C), targets and part (B, T)."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.masked_fill(part == 0, -100).flatten())
 
 
 @torch.no_grad()
 def streaming_loss(model, tokens, bins, segment=1024, state=None):
-    """Sum of the losses (nats, float64) and number of targets in each bin, streaming: memory is that of one segment.
+    """Sum of losses (nats, float64) and number of targets per bin, streaming: memory is that of a segment.
 
-    tokens (B, N+1) integers, NumPy or memory-mapped: inputs are all but the last column, targets all but the first,
-        each counted once; document boundaries are tokens like any other, in the stream as in training
+    tokens (B, N+1) integers, NumPy or memory-mapped: inputs are all but the last column, targets all but
+        the first, each counted once; document boundaries are tokens like any other, here as in training
     bins (N,) or (B, N) integers: the bin that each target is counted in, -1 for none
-    The result does not depend on `segment`. Cross-entropy in float32 (float64 if the model is), sums in float64.
+
+    The result does not depend on `segment`. Cross-entropy in float32 (float64 if the model is).
     """
     n_bins = int(bins.max()) + 1
     total = torch.zeros(n_bins, dtype=torch.float64)
@@ -748,7 +752,7 @@ def streaming_loss(model, tokens, bins, segment=1024, state=None):
 
 
 def position_edges(T, windows, inside):
-    """Edges of the position ranges, in tokens: T times 0, 1, 2, 3, 4, 6, 8, 12, ..., finer below T if `inside`."""
+    """Edges of position ranges in tokens: T times 0, 1, 2, 3, 4, 6, 8, 12, ...; finer below T if `inside`."""
     first = [0] + ([T // 8, T // 4, T // 2] if inside else [])
     beyond = sorted({T * m * 2**j for j in range(12) for m in (1, 3)} | {T * 2})
     return sorted(set(first)) + [e for e in beyond if e < T * windows] + [T * windows]
@@ -759,9 +763,9 @@ STREAM_ROWS, STREAM_TOKENS = 64, 64 * 200
 
 
 def position_wise(model, task_name, corpus, T, windows=64, rows=256, seed=0):
-    """Loss by position on a stream of validation text, from a zero state (the paper's position-wise perplexity).
+    """Loss by position on streams of validation text from a zero state (the paper's position-wise figure).
 
-    Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, loss and count per range of edges.
+    Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, both per range of edges.
     """
     task, _, parts = TASKS[task_name]
     edges = position_edges(T, windows, inside=len(parts) == 1)

@@ -2,15 +2,17 @@
 
     python train.py --intervention state_passing
 
-is the main job: it pre-trains the tiny base model on echo if there is none, post-trains it, and ends with a table and a
-picture of the loss by position, before and after. Without --intervention it makes the base alone; `--intervention zero`
-is the control, the same extra steps without a cure. Every run is one folder: checkpoint.pt, metrics.jsonl, settings.json,
-position_wise.json and the picture. Stopped and started again with the same settings it goes on from the last checkpoint.
-Several GPUs: torchrun --nproc-per-node N train.py ..., each rank carries its own rows.
+is the main job: it pre-trains the tiny base model on echo if there is none, post-trains it, and ends with a
+table and a picture of the loss by position, before and after. Without --intervention it makes the base alone;
+`--intervention zero` is the control, the same extra steps without a cure. Every run is one folder:
+checkpoint.pt, metrics.jsonl, settings.json, position_wise.json and the picture. Stopped and started again
+with the same settings it goes on from the last checkpoint. Several GPUs: torchrun --nproc-per-node N train.py
+..., each rank carries its own rows.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -170,7 +172,7 @@ def write_json(path, value):
 
 
 def train(model, corpus, settings, folder, device):
-    """Train `model` in place as `settings` says, writing to `folder`; goes on where an equal run was stopped."""
+    """Train `model` in place as `settings` say, writing to `folder`; goes on where an equal run stopped."""
     s = settings
     task, _, _ = lg.TASKS[s["task"]]
     function, continues = lg.INTERVENTIONS[s["intervention"]]
@@ -289,7 +291,7 @@ def print_table(results):
     """results: {name: result of lengthgen.position_wise}. One block per part of the task, a row per model."""
     T = next(iter(results.values()))["T"]
     parts = next(iter(results.values()))["parts"]
-    ranges = "".join(f"{f'{a}-{b}T':>9}" for a, b in zip(OCTAVES, OCTAVES[1:], strict=False))
+    ranges = "".join(f"{f'{a}-{b}T':>9}" for a, b in itertools.pairwise(OCTAVES))
     say(f"\nloss in nats by position, T = {T} tokens; streamed from a zero state on held-out text")
     say(f"{'':22}{ranges}")
     for part in parts:
@@ -311,7 +313,7 @@ COLOURS = {  # told apart by colour-blind people too (Okabe & Ito)
 
 
 def draw_position_wise(results, path, title):
-    """The paper's figure: loss against position, a dotted line at the training length. results as for print_table."""
+    """The paper's figure: loss against position, a dotted line at T. results as for print_table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -408,8 +410,8 @@ def main(argv=None):
         for key, value in dict(task=task, T=T, data=corpus.name).items():
             if not init and base["settings"][key] != value:
                 raise ValueError(
-                    f"the base in {base_folder} was made with {key} {base['settings'][key]!r}, not {value!r}: "
-                    "choose another --out or remove it"
+                    f"the base in {base_folder} was made with {key} {base['settings'][key]!r}, not "
+                    f"{value!r}: choose another --out or remove it"
                 )
         model = lg.LanguageModel.from_checkpoint(base).to(device)
         if model.config.vocab_size != corpus.vocab_size:
@@ -434,9 +436,8 @@ def main(argv=None):
             intervention=args.intervention, carry=args.carry, zero_prob=args.zero_prob,
             noise_std=args.noise_std, init=base_folder,
         )  # fmt: skip
-        say(
-            f"post-training with {name}, {args.zero_prob:.0%} of the rows from zeros, carrying the {args.carry} state"
-        )
+        kept = f"{args.zero_prob:.0%} of the rows from zeros, carrying the {args.carry} state"
+        say(f"post-training with {name}, {kept}")
         train(model, corpus, common | chosen | recipe(POSTTRAIN, args), folder, device)
         results[name] = measure(model, folder, task, T, corpus)
 

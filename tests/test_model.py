@@ -1,4 +1,4 @@
-"""The state contract: cutting a sequence anywhere changes nothing. And the official names, sizes and formulas."""
+"""Cutting a sequence anywhere changes nothing; names, sizes and formulas are the official ones."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_chunks_and_definition_give_the_same_model(name):
 
 
 def test_the_mamba2_layer_is_the_published_formula():
-    """One layer, one step at a time, straight from the equations; groups 2, so the gated norm is per group."""
+    """One layer step by step, straight from the equations; 2 groups, so the gated norm is per group."""
     model = make_model("mamba2", n_layer=1)
     w = dict(model.state_dict())
     tokens = torch.randint(0, 11, (1, 12))
@@ -154,9 +154,9 @@ def test_official_sizes_have_the_published_number_of_parameters(d_model, n_layer
 
 def test_weights_start_as_the_official_ones_do():
     torch.manual_seed(0)
-    mixer = lg.LanguageModel(lg.ModelConfig(vocab_size=500, d_model=256, n_layer=4)).backbone["layers"][
-        0
-    ].mixer
+    mixer = (
+        lg.LanguageModel(lg.ModelConfig(vocab_size=500, d_model=256, n_layer=4)).backbone["layers"][0].mixer
+    )
     dt, A = F.softplus(mixer.dt_bias), mixer.A_log.exp()
     assert dt.min() >= 0.99e-4 and dt.max() <= 0.101 and A.min() >= 1 and A.max() <= 16
     bound = mixer.d_inner**-0.5 / 4**0.5  # Kaiming-uniform, divided by sqrt(n_layer)

@@ -1,4 +1,4 @@
-"""The scan in chunks is the recurrence: outputs, final state and every gradient, at any length and any decay."""
+"""The scan in chunks is the recurrence: outputs, final state, every gradient, any length, any decay."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_bad_shapes_are_named():
         ((q, k, v[:, :, :3], log_a, state), "v has 3 heads"),
         ((q, k, v, log_a[..., :2], state), "log_a has shape"),
         ((q, k, v, log_a, state[:1]), "state has shape"),
-        ((q[:, :0], k[:, :0], v[:, :0], log_a[:, :0], state), "0 steps"),
+        ((q[:, :0], k[:, :0], v[:, :0], log_a[:, :0], state), "no size below 1"),
     ):
         with pytest.raises(ValueError, match=name):
             scan(*bad)
