@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from kernels import scan
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models. Names of weights and of settings are those of the official checkpoints.
 
 
@@ -348,7 +348,7 @@ def check_state(state, zeros):
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Interventions: from which state does the next training sequence start?
 #
 # Each is a function (state, stats, rng) -> state: the final state of the previous batch (detached), running
@@ -445,7 +445,7 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
     """Apply an intervention to the final state of a batch; no gradient crosses from one batch to the next.
 
     zero_prob: each row starts from zeros with this probability instead: a zero start is never unlearned.
-    carry: "full" hands over convolution and scan, "scan" the scan alone, all that the paper's kernel can take.
+    carry: "full" hands over convolution and scan, "scan" the scan alone, all that the paper's kernel takes.
     """
     if carry not in ("full", "scan"):
         raise ValueError(f"unknown carry {carry!r}, expected full or scan")
@@ -461,7 +461,7 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Corpus: documents -> tokens. Every document starts with the token <|bos|>, in training as in a long stream.
 
 BYTES = tiktoken.Encoding(  # one token per byte of UTF-8; the pieces only bound the work per piece
@@ -621,7 +621,7 @@ class Rows:
         raise ValueError(f"no document of the text has the {n} tokens that are needed")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tasks: (rows, T) -> tokens (B, T+1), part (B, T). Inputs are tokens[:, :-1], targets tokens[:, 1:]; `part`
 # is the loss mask: 0 is not trained on and not counted, 1, 2, ... name the part of the task that the target
 # belongs to. The last token of a window is the first of the next, so windows of continuing rows join into one
@@ -714,7 +714,7 @@ def stream(task, rows, T, windows):
     return tokens, np.concatenate([part for _, part in pairs], axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measures
 
 
@@ -765,7 +765,7 @@ STREAM_ROWS, STREAM_TOKENS = 64, 64 * 200
 def position_wise(model, task_name, corpus, T, windows=64, rows=256, seed=0):
     """Loss by position on streams of validation text from a zero state (the paper's position-wise figure).
 
-    Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, both per range of edges.
+    Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, per range of edges.
     """
     task, _, parts = TASKS[task_name]
     edges = position_edges(T, windows, inside=len(parts) == 1)
