@@ -556,6 +556,8 @@ def scan(q, k, v, log_a, state=None, backend=None):
     if backend is None:
         if not q.is_cuda or torch.version.hip:
             backend, reason = "chunked", "plain PyTorch matmuls run on any device"
+            if v.shape[3] == 1:  # Mamba-1: a matmul over chunks would make L^2 scores for L numbers of v
+                backend, reason = "recurrent", "with V = 1 chunks cost more than they save"
         elif triton is None:
             backend, reason = "chunked", "the triton package is not installed"
         elif unfit := _unfit(q):

@@ -34,7 +34,7 @@ from kernels import scan
 class ModelConfig:
     """Architecture. None means the official default of the layer (OFFICIAL, below)."""
 
-    layer: str = "mamba2"  # "mamba2" or "gla"
+    layer: str = "mamba2"  # "mamba2", "mamba1" or "gla"
     vocab_size: int = 50277
     d_model: int = 768
     n_layer: int = 24
@@ -47,6 +47,7 @@ class ModelConfig:
     expand: int = 2
     headdim: int = 64  # V
     ngroups: int = 1  # G
+    dt_rank: int | None = None  # Mamba-1
     # GLA
     num_heads: int = 4  # H
     expand_k: float = 0.5
@@ -62,10 +63,13 @@ class ModelConfig:
         for name, value in OFFICIAL[self.layer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.dt_rank is None:
+            self.dt_rank = math.ceil(self.d_model / 16)
 
 
 OFFICIAL = {
     "mamba2": dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128),
+    "mamba1": dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16),
     "gla": dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6),
 }
 
@@ -109,9 +113,7 @@ class Mamba2(nn.Module):
 
         self.in_proj = nn.Linear(c.d_model, self.d_inner + self.channels + self.H, bias=False)
         self.conv1d = nn.Conv1d(self.channels, self.channels, c.d_conv, groups=self.channels)
-        # dt = softplus(dt_bias) starts log-uniform in [1e-3, 1e-1]; dt_bias is the inverse softplus of that
-        dt = torch.exp(torch.empty(self.H).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.H))
         self.norm = nn.RMSNorm(self.d_inner, c.norm_eps)
@@ -149,6 +151,53 @@ def causal_conv(x, weight, bias):
     """
     y = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, groups=weight.shape[0])
     return y[:, :, 0].transpose(1, 2)
+
+
+def initial_dt_bias(n):
+    """(n,) the inverse softplus of dt log-uniform in [1e-3, 1e-1]."""
+    dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class Mamba1(nn.Module):
+    """The Mamba mixer (Gu & Dao 2023): every channel is a head with V = 1, and a decay per (channel, state).
+
+    q = C, k = B, v = dt * x, log_a = -dt * exp(A_log)
+    x (B, T, D), state LayerState -> (B, T, D), LayerState after the last step
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.H = self.channels = c.expand * c.d_model
+        self.K, self.V, self.d_conv, self.dt_rank = c.d_state, 1, c.d_conv, c.dt_rank
+        self.backend = c.backend
+        self.in_proj = nn.Linear(c.d_model, 2 * self.H, bias=False)
+        self.conv1d = nn.Conv1d(self.H, self.H, c.d_conv, groups=self.H)
+        self.x_proj = nn.Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.H)
+        self.A_log = nn.Parameter(torch.arange(1.0, self.K + 1).log().repeat(self.H, 1))
+        self.D = nn.Parameter(torch.ones(self.H))
+        self.out_proj = nn.Linear(self.H, c.d_model, bias=False)
+        with torch.no_grad():
+            self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            self.dt_proj.bias.copy_(initial_dt_bias(self.H))
+            self.out_proj.weight /= math.sqrt(c.n_layer)
+
+    zero_state = Mamba2.zero_state
+
+    def forward(self, x, state):
+        T = x.shape[1]
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        conv_in = torch.cat([state.conv.to(x.dtype), x], dim=1)
+        x = F.silu(causal_conv(conv_in, self.conv1d.weight, self.conv1d.bias))
+        dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
+        # float32 even where autocast computes in bfloat16
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
+        v, log_a = (dt * x).to(x.dtype), -dt[..., None] * self.A_log.exp()
+        o, S = scan(q[:, :, None], k[:, :, None], v[..., None], log_a, state.scan, self.backend)
+        y = (o[..., 0] + self.D * x) * F.silu(z)
+        return self.out_proj(y), LayerState(conv_in[:, T:], S)
 
 
 class GLA(nn.Module):
@@ -213,7 +262,7 @@ class MambaBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Mamba2(config)
+        self.mixer = (Mamba2 if config.layer == "mamba2" else Mamba1)(config)
 
     def zero_state(self, B):
         return self.mixer.zero_state(B)
@@ -243,6 +292,7 @@ class GLABlock(nn.Module):
 # layer -> (block, and the official names of trunk, embedding and last norm)
 LAYERS = {
     "mamba2": (MambaBlock, "backbone", "embedding", "norm_f"),
+    "mamba1": (MambaBlock, "backbone", "embedding", "norm_f"),
     "gla": (GLABlock, "model", "embeddings", "norm"),
 }
 

@@ -30,6 +30,7 @@ import lengthgen as lg
 
 TINY = {  # models that learn echo on a laptop in minutes
     "mamba2": dict(d_model=96, n_layer=2, d_state=64, headdim=16),
+    "mamba1": dict(d_model=96, n_layer=2, d_state=16),
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
 }
 PRETRAIN = dict(steps=1400, lr=3e-3)

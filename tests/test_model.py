@@ -8,6 +8,7 @@ import lengthgen as lg
 
 MODELS = {
     "mamba2": dict(layer="mamba2", d_state=6, headdim=4, ngroups=2),
+    "mamba1": dict(layer="mamba1", d_state=6, dt_rank=3),
     "gla": dict(layer="gla", num_heads=2),
 }
 EXACT = 1e-9  # float64: only the order of additions differs
@@ -115,6 +116,33 @@ def test_the_mamba2_layer_is_the_published_formula():
         assert (model(tokens[:, : t + 1])[0][0, -1] - logits).abs().max() < EXACT
 
 
+def test_the_mamba1_layer_is_the_published_formula():
+    model = make_model("mamba1", n_layer=1)
+    w = {name.replace("backbone.layers.0.mixer.", ""): x for name, x in model.state_dict().items()}
+    tokens = torch.randint(0, 11, (1, 12))
+
+    def norm(x, weight, eps=1e-5):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+    channels, N, R = 16, 6, 3
+    h = torch.zeros(channels, N, dtype=torch.float64)
+    window = torch.zeros(4, channels, dtype=torch.float64)
+    for t in range(12):
+        x = w["backbone.embedding.weight"][tokens[0, t]]
+        u, z = (w["in_proj.weight"] @ norm(x, w["backbone.layers.0.norm.weight"])).chunk(2)
+        window = torch.cat([window[1:], u[None]])
+        u = F.silu((window * w["conv1d.weight"][:, 0].T).sum(0) + w["conv1d.bias"])
+        dt, B, C = (w["x_proj.weight"] @ u).split([R, N, N])
+        dt = F.softplus(w["dt_proj.weight"] @ dt + w["dt_proj.bias"])
+        for c in range(channels):
+            A = -w["A_log"][c].exp()
+            h[c] = torch.exp(dt[c] * A) * h[c] + dt[c] * B * u[c]
+        y = (h @ C + w["D"] * u) * F.silu(z)
+        x = norm(x + w["out_proj.weight"] @ y, w["backbone.norm_f.weight"])
+        logits = (w["lm_head.weight"] @ x)[:11]
+        assert (model(tokens[:, : t + 1])[0][0, -1] - logits).abs().max() < EXACT
+
+
 def test_the_gla_layer_is_the_published_formula():
     model = make_model("gla", n_layer=1)
     w = {name.replace("model.layers.0.", ""): x for name, x in model.state_dict().items()}
@@ -176,7 +204,7 @@ def test_bad_tokens_and_states_are_named(name):
         ((tokens[:, :0],), r"tokens must be \(B, T\) with T >= 1"),
         ((tokens, good[:1]), "state has 1 layers, expected 2"),
         ((tokens, model.zero_state(3)), r"state\[0\]\.\w+ has shape \(3, .*expected \(2, "),
-        ((tokens, [good[0], good[1]._replace(scan=good[1].scan[..., :1])]), r"state\[1\]\.scan has shape"),
+        ((tokens, [good[0], good[1]._replace(scan=good[1].scan[:, :, :1])]), r"state\[1\]\.scan has shape"),
     ):
         with pytest.raises(ValueError, match=message):
             model(*bad)
