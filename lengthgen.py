@@ -9,13 +9,19 @@ interventions, the text and the tasks, and the measures. The recurrence itself i
     H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
 """
 
+import functools
 import glob
+import http.client
 import json
 import math
 import os
+import re
 import sysconfig
+import unicodedata
+import urllib.request
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +29,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from kernels import scan
 
@@ -56,6 +63,10 @@ class ModelConfig:
     gate_low_rank_dim: int = 16
     # which scan of kernels.py; None lets it choose
     backend: str | None = None
+    # compute each layer again in the backward pass: only its input is kept, for a third more work
+    recompute: bool = False
+    # of the weights in the files the model came from; here they are float32
+    torch_dtype: str = "float32"
 
     def __post_init__(self):
         if self.layer not in OFFICIAL:
@@ -353,36 +364,69 @@ class LanguageModel(nn.Module):
         x = trunk[embedding](tokens)
         new_state = []
         for layer, layer_state in zip(trunk["layers"], state, strict=True):
-            x, layer_state = layer(x, layer_state)
+            if self.config.recompute and torch.is_grad_enabled():
+                x, layer_state = torch.utils.checkpoint.checkpoint(layer, x, layer_state, use_reentrant=False)
+            else:
+                x, layer_state = layer(x, layer_state)
             new_state.append(layer_state)
         return self.lm_head(trunk[norm](x))[..., :C], new_state
 
     @classmethod
-    def from_pretrained(cls, path):
-        """The model in a run folder of train.py, or in one of its checkpoint files, on the CPU."""
-        return cls.from_checkpoint(load_checkpoint(path))
+    def from_pretrained(cls, name_or_folder):
+        """The model of any checkpoint that load_checkpoint reads, on the CPU; ValueError if it cannot."""
+        return cls.from_checkpoint(load_checkpoint(name_or_folder))
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
-        model = cls(ModelConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+        """The model of a dictionary from load_checkpoint, whose tensors become the weights, uncopied."""
+        with torch.device("meta"):
+            model = cls(ModelConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"], assign=True)
+        if model.config.tie_embeddings:
+            model.lm_head.weight = model.get_parameter(embedding_name(model.config))
         return model
 
+    def save_pretrained(self, folder, format=None, dtype=None):
+        """Write config.json and weights as another library loads them; ValueError where it could not.
 
-CHECKPOINT = "checkpoint.pt"
-
-
-def load_checkpoint(path):
-    """What train.py saved in a run folder or file, a dictionary; ValueError if none. Executes no code."""
-    file = os.path.join(path, CHECKPOINT) if os.path.isdir(path) else path
-    if not os.path.isfile(file):
-        raise ValueError(f"no checkpoint at {file!r}, train one first or give the folder of a run")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint["config"], checkpoint["model"]
-    except Exception as error:  # whatever a foreign or cut-off file makes of the unpickler
-        raise ValueError(f"{file!r} is not a checkpoint of train.py ({type(error).__name__})") from None
-    return checkpoint
+        format: "mamba_ssm" (the default for Mamba), "transformers" (version 5 if ngroups > 1; padding rows of
+            the vocabulary count there as words) or "fla" (GLA)
+        dtype: torch dtype of the stored weights; None for that of the files the model came from
+        """
+        c, weights = self.config, self.state_dict()
+        dtype = dtype or getattr(torch, c.torch_dtype)
+        formats = {theirs: kind for kind, (theirs, layer) in KINDS.items() if layer == c.layer}
+        format = format or next(iter(formats))
+        if format not in formats:
+            raise ValueError(f"unknown format {format!r} for {c.layer}, expected {' or '.join(formats)}")
+        if format == "transformers":
+            c = replace(c, vocab_size=len(self.lm_head.weight), pad_vocab_size_multiple=1)
+            weights = {name.replace(".embedding.", ".embeddings."): x for name, x in weights.items()}
+        if format != "mamba_ssm" and c.tie_embeddings:
+            del weights["lm_head.weight"]
+        settings = foreign_settings(c, formats[format], dtype)
+        read_back = foreign_config(settings, folder)
+        for field in SETTINGS[format].keys() | {"norm_eps", "gate_low_rank_dim"}:
+            if getattr(read_back, field) != getattr(c, field):
+                raise ValueError(
+                    f"{format} has no setting for {field} {getattr(c, field)}, choose another format"
+                )
+        for name, x in weights.items():
+            weights[name] = x.detach().to("cpu", dtype).contiguous()
+            if not weights[name].isfinite().all():
+                raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
+        file, write = (
+            ("pytorch_model.bin", torch.save) if format == "mamba_ssm" else (WEIGHTS[0], write_safetensors)
+        )
+        file, config_file = os.path.join(folder, file), os.path.join(folder, "config.json")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            write(weights, f"{file}.tmp")
+            os.replace(f"{file}.tmp", file)
+            Path(f"{config_file}.tmp").write_text(json.dumps(settings, indent=2) + "\n")
+            os.replace(f"{config_file}.tmp", config_file)
+        except (OSError, RuntimeError) as error:  # torch.save: RuntimeError
+            raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
 
 
 def check_state(state, zeros):
@@ -396,6 +440,312 @@ def check_state(state, zeros):
             if shape != expected:
                 raise ValueError(f"state[{i}].{name} has shape {shape}, expected {expected}")
     return state
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: a run of train.py, or a folder of another library with config.json and weights. No file is
+# believed: nothing in it is executed, and everything is checked before there is a model.
+
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+HUB = "https://huggingface.co/{name}/resolve/main/{file}"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the official Mambas use; they come without one
+
+KINDS = {  # ssm_cfg.layer or model_type in config.json -> the library that writes it, and our layer
+    "Mamba2": ("mamba_ssm", "mamba2"),
+    "Mamba1": ("mamba_ssm", "mamba1"),
+    "mamba2": ("transformers", "mamba2"),
+    "mamba": ("transformers", "mamba1"),
+    "gla": ("fla", "gla"),  # flash-linear-attention
+}
+SSM_CFG = ("d_state", "d_conv", "expand", "headdim", "ngroups", "dt_rank")
+SETTINGS = {  # field of ModelConfig -> the library's name of it; ssm_cfg.x is x inside ssm_cfg
+    "mamba_ssm": {
+        x: x for x in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
+    } | {x: f"ssm_cfg.{x}" for x in SSM_CFG},
+    "transformers": dict(
+        d_model="hidden_size", n_layer="num_hidden_layers", vocab_size="vocab_size",
+        tie_embeddings="tie_word_embeddings", norm_eps="layer_norm_epsilon", d_state="state_size",
+        d_conv="conv_kernel", expand="expand", headdim="head_dim", ngroups="n_groups",
+        dt_rank="time_step_rank",
+    ),
+    "fla": dict(
+        d_model="hidden_size", n_layer="num_hidden_layers", vocab_size="vocab_size", norm_eps="norm_eps",
+        tie_embeddings="tie_word_embeddings", num_heads="num_heads", expand_k="expand_k", expand_v="expand_v",
+        hidden_ratio="hidden_ratio",
+    ),
+}  # fmt: skip
+FOREIGN_DEFAULTS = {  # where they are not ours
+    "Mamba2": dict(pad_vocab_size_multiple=8),
+    "mamba2": dict(pad_vocab_size_multiple=1, tie_embeddings=False),
+    "mamba": dict(pad_vocab_size_multiple=1),
+}
+COMPUTED = {  # settings, with the values that the formulas of this file stand for
+    "rms_norm": [True], "d_intermediate": [0], "attn_layer_idx": [[]], "ssm_cfg.bias": [False],
+    "ssm_cfg.conv_bias": [True], "ssm_cfg.rmsnorm": [True], "ssm_cfg.norm_before_gate": [False],
+    "ssm_cfg.D_has_hdim": [False], "ssm_cfg.d_ssm": [None], "ssm_cfg.dt_limit": [[0.0, math.inf]],
+    "hidden_act": ["silu", "swish"], "use_bias": [False], "use_conv_bias": [True],
+    "time_step_limit": [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
+    "attn": [None], "num_kv_heads": [None], "feature_map": [None], "use_short_conv": [False],
+    "clamp_min": [None], "use_output_gate": [True], "elementwise_affine": [True], "use_gk": [True],
+    "use_gv": [False], "attnres_block_size": [None],
+}  # fmt: skip
+HARMLESS = (  # settings that change no logits, or that show in the shapes of the weights
+    r"residual_in_fp32|fused_add_norm|attn_cfg|ssm_cfg\.(chunk_size|use_mem_eff_path|dt_m..|dt_init.*|dt_scale"
+    r"|A_init_range|conv_init)|model_type|architectures|.*token_id|(torch_)?dtype|transformers_version|_.*"
+    r"|use_cache|.*initializer_range|time_step_(min|max|floor|scale|init_scheme|rank)|rescale_prenorm_residual"
+    r"|num_heads|chunk_size|use_mambapy|use_associative_scan|norm_before_gate|pad_vocab_size_multiple"
+    r"|intermediate_size|max_position_embeddings|attn_mode|conv_size|fuse_.*|use_l2warp"
+)
+
+
+def foreign_settings(c, kind, dtype):
+    """What another library's config.json says of ModelConfig c: a dictionary."""
+    format, layer = KINDS[kind]
+    unused = {"mamba2": ("dt_rank",), "mamba1": ("headdim", "ngroups")}.get(layer, ())
+    settings = {theirs: getattr(c, x) for x, theirs in SETTINGS[format].items() if x not in unused}
+    if format == "mamba_ssm":
+        inside = {x: settings.pop(f"ssm_cfg.{x}") for x in SSM_CFG if x not in unused}
+        return settings | dict(rms_norm=True, residual_in_fp32=True, ssm_cfg=dict(layer=kind, **inside))
+    if kind == "mamba2":
+        settings["num_heads"] = c.expand * c.d_model // c.headdim
+    if format == "transformers":  # <|endoftext|>; by its own default generation would end at a "!"
+        settings |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    return settings | dict(model_type=kind, torch_dtype=str(dtype).removeprefix("torch."))
+
+
+def foreign_config(settings, file):
+    """The ModelConfig of another library's config.json; ValueError for what is not understood."""
+    ssm = settings.get("ssm_cfg", {})
+    if not isinstance(ssm, dict):
+        raise ValueError(f"{file}: ssm_cfg is {ssm!r}, expected a JSON object")
+    flat = {k: v for k, v in settings.items() if k != "ssm_cfg"} | {f"ssm_cfg.{k}": v for k, v in ssm.items()}
+    kind = flat.get("model_type") or flat.pop("ssm_cfg.layer", "Mamba1")
+    if kind not in KINDS or not {"d_model", "hidden_size"} & flat.keys():
+        raise ValueError(f"{file}: unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
+    format, layer = KINDS[kind]
+    ours = {theirs: x for x, theirs in SETTINGS[format].items()}
+    config = dict(layer=layer) | FOREIGN_DEFAULTS.get(kind, {})
+    for name, value in flat.items():
+        if name in ours:
+            config[ours[name]] = None if value == "auto" else value  # the rank of Mamba-1's dt
+        elif name in COMPUTED and value not in COMPUTED[name]:
+            raise ValueError(
+                f"{file}: {name} is {value!r}, but only {COMPUTED[name][0]!r} is implemented here"
+            )
+        elif name not in COMPUTED and not re.fullmatch(HARMLESS, name):
+            raise ValueError(f"{file}: unknown setting {name} {value!r}, remove it if it changes no logits")
+    return make_config(config, file)
+
+
+def make_config(config, file):
+    """The ModelConfig of a dictionary; a ValueError that names the file if there can be no such model."""
+    try:
+        config = ModelConfig(**config)
+        with torch.device("meta"):
+            LanguageModel(config)
+        return config
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{file}: its settings make no model: {str(error).splitlines()[0]}") from None
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(file):
+    """{name: tensor}, memory-mapped; ValueError where header and file disagree.
+
+    The format: 8 bytes with the size n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets:
+    [start, stop]}}; the tensors, without gaps.
+    """
+    size = os.path.getsize(file)
+    with open(file, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if n > min(size - 8, 100_000_000):
+            raise ValueError(f"{file} has {size} bytes and claims a header of {n}, fetch it again")
+        header = parse_json(f.read(n), file)
+    header.pop("__metadata__", None)
+    weights, ranges = {}, []
+    for name, entry in header.items():
+        try:
+            (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS[entry["dtype"]]
+            if not 0 <= start < stop <= size - 8 - n or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError
+            # one map per tensor: it goes when the tensor goes. Mode c: what is written stays in memory
+            data = np.memmap(file, np.uint8, "c", offset=8 + n + start, shape=stop - start)
+            weights[name] = torch.from_numpy(data).view(dtype).view(shape)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{file}: the header's entry for {name} is wrong: {str(entry)[:100]}") from None
+        ranges.append((start, stop))
+    starts, stops = zip(*sorted(ranges), strict=True) if ranges else ((), ())
+    if (*starts, size - 8 - n) != (0, *stops):
+        raise ValueError(f"{file}: the header's weights overlap or do not fill the file, fetch it again")
+    return weights
+
+
+def write_safetensors(weights, file):
+    """weights: {name: contiguous tensor on the CPU}."""
+    names, header, end = {v: k for k, v in SAFETENSORS.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, x in weights.items():
+        header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[end, end + x.nbytes])
+        end += x.nbytes
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(file, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for x in weights.values():
+            f.write(x.view(torch.uint8).numpy())
+
+
+def parse_json(data, file):
+    """A dictionary from JSON, or a ValueError that names the file."""
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{file} is no JSON object or cut off, fetch it again") from None
+
+
+def unpickle(file, mmap):
+    """The dictionary in a file of torch.save; executes nothing."""
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+    except Exception as error:  # whatever a foreign or cut-off file makes of the unpickler
+        raise ValueError(
+            f"{file!r} is not a checkpoint, cut off or unsafe ({type(error).__name__})"
+        ) from None
+
+
+def read_weights(file):
+    """{name: tensor} of a .safetensors, an index.json of several, or a .bin; memory-mapped."""
+    if file.endswith(".safetensors"):
+        return read_safetensors(file)
+    if file.endswith(".bin"):
+        return unpickle(file, mmap=True)
+    folder, weights = os.path.dirname(file), {}
+    for shard in shards(file):
+        weights |= read_safetensors(os.path.join(folder, shard))
+    return weights
+
+
+def shards(index):
+    """The files, in the same folder, that an index.json lists."""
+    where = parse_json(Path(index).read_bytes(), index).get("weight_map")
+    if not isinstance(where, dict) or not all(
+        re.fullmatch(r"[\w.-]+\.safetensors", str(x)) for x in where.values()
+    ):
+        raise ValueError(f"{index}: weight_map must say which .safetensors of this folder holds which weight")
+    return sorted(set(where.values()))
+
+
+def fetch(name, file):
+    """The path of a file of the hub's model `name`, downloaded at its first use; None if there is none."""
+    path = os.path.join(torch.hub.get_dir(), "lengthgen", name, file)
+    if os.path.isfile(path):
+        return path
+    url, part = HUB.format(name=name, file=file), f"{path}.{os.getpid()}"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            size = int(response.headers["Content-Length"])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, part)
+        if os.path.getsize(part) != size:  # torch takes a connection that breaks off for the end
+            raise OSError(f"only {os.path.getsize(part)} of {size} bytes came, try again")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException, TypeError) as error:
+        if getattr(error, "code", None) == 404:
+            return None
+        raise ValueError(f"no {file} of {name!r} here, and {url} failed: {error}") from None
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return path
+
+
+def fetch_model(name):
+    """The folder with config.json and weights of the hub's model `name`."""
+    config = fetch(name, "config.json") if HUB_NAME.fullmatch(name) else None
+    if config is None:
+        raise ValueError(f"no checkpoint at {name!r}, train one first or give a folder or a name of the hub")
+    folder = os.path.dirname(config)
+    if not any(os.path.isfile(os.path.join(folder, file)) for file in WEIGHTS):
+        next((file for file in WEIGHTS if fetch(name, file)), None)
+    if os.path.isfile(index := os.path.join(folder, WEIGHTS[1])):
+        for shard in shards(index):
+            fetch(name, shard)
+    return folder
+
+
+def load_checkpoint(name_or_folder):
+    """A checkpoint in a folder, a file or on the hub: a dictionary with "config", "model" and "settings".
+
+    Ours as train.py saved it; those of mamba_ssm, transformers and flash-linear-attention with our names, in
+    float32, and with the settings that train.py is to go on with. Raises ValueError, one sentence that names
+    file and weight, for all that is missing, extra, misshapen, not finite, cut off or not understood.
+    """
+    path = name_or_folder if os.path.exists(name_or_folder) else fetch_model(name_or_folder)
+    folder, given = (path, None) if os.path.isdir(path) else os.path.split(path)
+    file = os.path.join(folder, given or CHECKPOINT)
+    if os.path.isfile(file) and not file.endswith((".safetensors", ".json", ".bin")):
+        checkpoint = unpickle(file, mmap=False)
+        if not checkpoint.keys() >= {"config", "model"}:
+            raise ValueError(f"{file!r} is not a checkpoint of train.py")
+        check_weights(make_config(checkpoint["config"], file), checkpoint["model"], file)
+        return checkpoint
+
+    config_file = os.path.join(folder, "config.json")
+    files = [path] if given and given != "config.json" else [os.path.join(folder, x) for x in WEIGHTS]
+    file = next(filter(os.path.isfile, files), None)
+    if not (file and os.path.isfile(config_file)):
+        raise ValueError(f"no checkpoint at {path!r}, expected {CHECKPOINT}, or config.json and {WEIGHTS[0]}")
+    settings = parse_json(Path(config_file).read_bytes(), config_file)
+    config = foreign_config(settings, config_file)
+    weights = {}
+    for name, x in read_weights(file).items():
+        name = str(name).replace("backbone.embeddings.", "backbone.embedding.")
+        weights[name.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # the name without fla's fused norm
+    embedding = embedding_name(config)
+    if config.tie_embeddings and embedding in weights:
+        weights.setdefault("lm_head.weight", weights[embedding])
+    check_weights(config, weights, file)
+    dtype = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()})
+    config.torch_dtype = str(dtype).removeprefix("torch.")
+    # one by one, so that at no time there are two copies in memory
+    weights = {name: weights.pop(name).to(torch.float32, copy=True) for name in list(weights)}
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights[embedding]
+    tokenizer = folder if os.path.isfile(os.path.join(folder, "tokenizer.json")) else name_or_folder
+    if "model_type" not in settings and tokenizer is not folder:
+        tokenizer = NEOX
+    run = dict(
+        task="text", T=2048, tokenizer=tokenizer, name=os.path.basename(os.path.normpath(name_or_folder))
+    )
+    return dict(config=asdict(config), model=weights, settings=run)
+
+
+def check_weights(config, weights, file):
+    """Raise a ValueError that names the weight, unless a model of this config has exactly these weights."""
+    with torch.device("meta"):
+        expected = LanguageModel(config).state_dict()
+    for name in expected.keys() | weights.keys():
+        x = weights.get(name)
+        if name not in weights:
+            raise ValueError(f"{file} lacks the weight {name}, which its settings ask for")
+        if name not in expected:
+            raise ValueError(f"{file} has a weight {name}, which its settings do not ask for")
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.shape != expected[name].shape:
+            found = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(
+                f"{file}: {name} is {found}, expected {tuple(expected[name].shape)} of a float dtype"
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"{file}: {name} has numbers that are not finite, fetch it again")
+    if config.tie_embeddings and not weights["lm_head.weight"].equal(weights[embedding_name(config)]):
+        raise ValueError(f"{file}: lm_head.weight differs from the embedding that its settings tie it to")
+
+
+def embedding_name(config):
+    _, trunk, embedding, _ = LAYERS[config.layer]
+    return f"{trunk}.{embedding}.weight"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,29 +870,95 @@ BYTES = tiktoken.Encoding(  # one token per byte of UTF-8; the pieces only bound
     mergeable_ranks={bytes([i]): i for i in range(256)},
     special_tokens={},
 )
+
+
+class HuggingFaceEncoding(tiktoken.Encoding):
+    """A tokenizer.json of byte-level BPE (GPT-2, GPT-NeoX, ...), with the ids of Hugging Face's tokenizers.
+
+    Raises ValueError for a file of another kind.
+    """
+
+    def __init__(self, file):
+        t = parse_json(Path(file).read_bytes(), file)
+        try:
+            model, vocab, added = t["model"], t["model"]["vocab"], t["added_tokens"]
+            self.nfc = t["normalizer"] == {"type": "NFC"}
+            pre = t["pre_tokenizer"]
+            if (
+                (model["type"], pre["type"]) != ("BPE", "ByteLevel")
+                or pre["add_prefix_space"]
+                or not pre.get("use_regex", True)
+                or not (self.nfc or t["normalizer"] is None)
+                or any(model.get(x) for x in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+                or any(x["lstrip"] or x["rstrip"] or x["single_word"] for x in added)
+            ):
+                raise ValueError
+            # the 256 bytes as printable characters: the printable ones as they are, the others from 256 on
+            printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+            byte_of = {chr(b): b for b in printable}
+            byte_of |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
+            words = [(word, i) for word, i in vocab.items() if i not in {x["id"] for x in added}]
+            ranks = {bytes(byte_of[c] for c in word): i for word, i in words}
+            # tiktoken merges in the order of ids
+            merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
+            if merged != sorted(set(merged)) or len(merged) + sum(len(word) == 1 for word in ranks) != len(
+                ranks
+            ):
+                raise ValueError
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(
+                f"{file} is not a byte-level BPE like GPT-NeoX's, which is all that is implemented here"
+            ) from None
+        super().__init__(
+            file,
+            pat_str=GPT2_WORDS,
+            mergeable_ranks=ranks,
+            special_tokens={x["content"]: x["id"] for x in added},
+        )
+        self.special = [x["id"] for x in added if x["special"]]
+        # the longest first: tiktoken itself would cut a run of 24 spaces into 13 + 8 + 3
+        contents = sorted(self._special_tokens, key=len, reverse=True)
+        self.added = re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
+
+    def encode(self, text, **_):
+        """The ids of a text, those of special tokens that are spelled out in it too."""
+        ids = []
+        for i, piece in enumerate(self.added.split(text)):
+            if i % 2:
+                ids.append(self._special_tokens[piece])
+            else:  # normalized apart: a combining mark that follows a special token must not join it
+                ids += self.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece)
+        return ids
+
+    def encode_to_numpy(self, text, **_):
+        return np.array(self.encode(text), dtype=np.uint32)
+
+
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MANY_DOCUMENTS = 20  # from here on whole documents are held out, below it the last tenth of each
 
 
 @dataclass
 class Corpus:
-    """Tokens of a training and a validation split; two special tokens follow the tokenizer's words."""
+    """Tokens of a training and a validation split."""
 
     name: str  # what it is, for people
     train: np.ndarray  # (N,) uint16 or uint32
     val: np.ndarray
     words: int  # size of the tokenizer's vocabulary
+    special: tuple = ()  # its own tokens for bos and sep; those that it has not follow its words
 
     @property
     def bos(self):
-        return self.words
+        return (*self.special, self.words)[0]
 
     @property
     def sep(self):
-        return self.words + 1
+        return (*self.special, self.words, self.words + 1)[1]
 
     @property
     def vocab_size(self):
-        return self.words + 2
+        return max(self.words, self.bos + 1, self.sep + 1)
 
 
 def load_corpus(paths=None, tokenizer="bytes"):
@@ -550,18 +966,20 @@ def load_corpus(paths=None, tokenizer="bytes"):
 
     paths: None for the Python standard library of this machine, else a list of files, folders or globs:
         text, .jsonl with a "text" field, or one nanoGPT-style .bin of uint16 tokens
-    tokenizer: "bytes" or the name of a tiktoken encoding ("gpt2", "o200k_base"); a .bin is tokenized already
+    tokenizer: "bytes", the name of a tiktoken encoding ("gpt2", "o200k_base"), or a tokenizer.json, its
+        folder or hub name; a .bin is tokenized already and takes only the special tokens from it
     """
-    if paths and any(p.endswith(".bin") for p in paths):
-        return _load_bin(paths)
     encoding = BYTES if tokenizer == "bytes" else _named_encoding(tokenizer)
+    special = tuple(getattr(encoding, "special", ()))
+    if paths and any(p.endswith(".bin") for p in paths):
+        return _load_bin(paths, encoding.n_vocab if special else None, special)
     documents = dict(sorted(_read_documents(paths)))  # key -> text
     documents = {text: key for key, text in documents.items() if text}  # equal files once
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {paths or 'the standard library'}")
     splits = {"train": [], "val": []}
     for text, key in documents.items():
-        tokens = encoding.encode_to_numpy(text).astype(np.uint32)
+        tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
         if len(documents) >= MANY_DOCUMENTS:
             splits["val" if zlib.crc32(key.encode()) % 20 == 0 else "train"].append(tokens)
         else:
@@ -569,21 +987,27 @@ def load_corpus(paths=None, tokenizer="bytes"):
             splits["train"].append(tokens[:cut])
             splits["val"].append(tokens[cut:])
     dtype = np.uint16 if encoding.n_vocab + 2 <= 2**16 else np.uint32
-    bos = np.array([encoding.n_vocab])
+    bos = np.array([(*special, encoding.n_vocab)[0]])
     joined = {
         split: np.concatenate([part for tokens in pieces for part in (bos, tokens)] or [bos]).astype(dtype)
         for split, pieces in splits.items()
     }
     name = f"{len(documents)} documents of {'the Python standard library' if not paths else ' '.join(paths)}"
-    return Corpus(name, joined["train"], joined["val"], encoding.n_vocab)
+    return Corpus(name, joined["train"], joined["val"], encoding.n_vocab, special)
 
 
 def _named_encoding(name):
+    file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
+    if not os.path.exists(file) and HUB_NAME.fullmatch(name):
+        file = fetch(name, "tokenizer.json") or name
+    if os.path.isfile(file):
+        return HuggingFaceEncoding(file)
     try:
         return tiktoken.get_encoding(name)
     except ValueError:
         raise ValueError(
-            f"unknown tokenizer {name!r}, expected bytes or one of {tiktoken.list_encoding_names()}"
+            f"unknown tokenizer {name!r}, expected bytes, a tokenizer.json or one of "
+            f"{tiktoken.list_encoding_names()}"
         ) from None
 
 
@@ -610,7 +1034,7 @@ def _read_documents(paths):
                     yield key, f.read()
 
 
-def _load_bin(paths):
+def _load_bin(paths, words, special):
     if len(paths) > 1:
         raise ValueError(f"a .bin of tokens stands alone, got {len(paths)} paths")
     if not os.path.isfile(paths[0]):
@@ -619,7 +1043,7 @@ def _load_bin(paths):
     if not len(tokens):
         raise ValueError(f"the corpus is empty: no tokens in {paths[0]}")
     cut = len(tokens) - len(tokens) // 10
-    return Corpus(paths[0], tokens[:cut], tokens[cut:], int(tokens.max()) + 1)
+    return Corpus(paths[0], tokens[:cut], tokens[cut:], max(words or 0, int(tokens.max()) + 1), special)
 
 
 class Rows:

@@ -1,0 +1,466 @@
+"""Checkpoints of other libraries give the same logits and text, go back to them, and are never believed."""
+
+import copy
+import functools
+import http.server
+import json
+import os
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import make_model
+
+import lengthgen as lg
+
+FLOAT32 = 1e-4  # relative: the other library adds up in another order
+
+
+def needs(package):
+    return pytest.importorskip(package, reason=f"{package} is not installed: nothing to compare with")
+
+
+def shake(model):
+    torch.manual_seed(1)
+    with torch.no_grad():  # no weight is left at 0 or 1, where mixing two up would not show
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def transformers_model(name, **changes):
+    transformers = needs("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=3, vocab_size=48, state_size=16)
+    if name == "mamba2":
+        config = transformers.Mamba2Config(
+            **sizes | dict(num_heads=8, head_dim=8, n_groups=1, chunk_size=16) | changes
+        )
+        return shake(transformers.Mamba2ForCausalLM(config))
+    return shake(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes | changes)))
+
+
+@torch.no_grad()
+def greedy(model, tokens, n):
+    """n greedy tokens after tokens (B, T), one at a time from the carried state."""
+    out, state, new = [], None, tokens
+    for _ in range(n):
+        logits, state = model(new, state)
+        new = logits[:, -1:].argmax(-1)
+        out.append(new)
+    return torch.cat(out, 1)
+
+
+def their_text(theirs, tokens, **options):
+    """50 greedy tokens from transformers, which else stops at its end token and masks its padding token."""
+    theirs.generation_config.eos_token_id = None
+    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=50, do_sample=False) | options
+    return theirs.generate(tokens, **options)[:, tokens.shape[1] :]
+
+
+@torch.no_grad()
+def assert_same_model(ours, theirs):
+    tokens = torch.randint(0, ours.config.vocab_size, (2, 37))
+    a, b = ours(tokens)[0], theirs(tokens).logits
+    assert (a - b).abs().max() < FLOAT32 * b.abs().max()
+    assert torch.equal(greedy(ours, tokens, 50), their_text(theirs, tokens))
+
+
+TRANSFORMERS_MODELS = [
+    ("mamba2", dict(tie_word_embeddings=True)),
+    ("mamba2", dict(tie_word_embeddings=False)),
+    ("mamba2", dict(n_groups=2)),
+    ("mamba", dict(tie_word_embeddings=True)),
+    ("mamba", dict(tie_word_embeddings=False, time_step_rank=5, expand=3)),
+]
+
+
+@pytest.mark.parametrize("name, changes", TRANSFORMERS_MODELS)
+def test_transformers_models_give_the_same_logits_and_text_here_and_after_going_back(name, changes, tmp_path):
+    theirs = transformers_model(name, **changes)
+    if changes.get("n_groups", 1) > 1 and not hasattr(theirs.backbone.layers[0].mixer.norm, "group_size"):
+        pytest.skip("this transformers normalises over all groups at once, unlike the official code")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lg.LanguageModel.from_pretrained(str(tmp_path / "theirs"))
+    assert_same_model(ours, theirs)
+
+    ours.save_pretrained(str(tmp_path / "back"), "transformers")
+    back, info = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[x] for x in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for (a, x), (b, y) in zip(theirs.state_dict().items(), back.state_dict().items(), strict=True):
+        assert a == b and torch.equal(x, y)
+    assert_same_model(ours, back.eval())
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba"])
+def test_official_checkpoints_give_the_same_logits_and_text(name, tmp_path):
+    """Official names, float16, a vocabulary of 43 padded to 48, which transformers takes for words."""
+    theirs = transformers_model(name, tie_word_embeddings=True).half().float()
+    weights = {k.replace("embeddings", "embedding"): x.half() for k, x in theirs.state_dict().items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    ssm = dict(layer="Mamba2", d_state=16, headdim=8) if name == "mamba2" else {}
+    sizes = dict(d_model=32, n_layer=3, vocab_size=43, pad_vocab_size_multiple=16 if name == "mamba2" else 8)
+    official = dict(rms_norm=True, residual_in_fp32=True, fused_add_norm=True, ssm_cfg=ssm)
+    (tmp_path / "config.json").write_text(json.dumps(sizes | official))
+    ours = lg.LanguageModel.from_pretrained(str(tmp_path))
+    assert ours.lm_head.weight.dtype == torch.float32 and ours.config.torch_dtype == "float16"
+    tokens = torch.randint(0, 43, (2, 37))
+    a, b = ours(tokens)[0], theirs(tokens).logits
+    assert a.shape == (2, 37, 43)
+    assert (a - b[..., :43]).abs().max() < FLOAT32 * b.abs().max()
+    padding = [[i] for i in range(43, 48)]
+    assert torch.equal(greedy(ours, tokens, 50), their_text(theirs, tokens, bad_words_ids=padding))
+
+
+def naive_gla(w, tokens, H):
+    """flash-linear-attention's GLA by definition, float64. w: its names -> weights; tokens (T,) -> (T, C)."""
+
+    def norm(x, weight):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
+
+    x = w["model.embeddings.weight"][tokens]
+    for i in range(3):
+        p = f"model.layers.{i}."
+        h = norm(x, w[p + "attn_norm.weight"])
+        q, k, v, g = (h @ w[f"{p}attn.{n}_proj.weight"].T for n in "qkvg")
+        gate = h @ w[p + "attn.gk_proj.0.weight"].T @ w[p + "attn.gk_proj.1.weight"].T
+        a = torch.sigmoid(gate + w[p + "attn.gk_proj.1.bias"]) ** (1 / 16)
+        q, k, v, a = (y.unflatten(1, (H, -1)) for y in (q, k, v, a))
+        S, o = 0, []
+        for t in range(len(tokens)):
+            S = a[t, :, :, None] * S + k[t, :, :, None] * v[t, :, None]
+            o.append(torch.einsum("hkv,hk->hv", S, q[t]) / k.shape[-1] ** 0.5)
+        g_norm = w.get(p + "attn.g_norm.weight", w.get(p + "attn.g_norm_swish_gate.weight"))
+        x = x + (norm(torch.stack(o), g_norm).flatten(1) * F.silu(g)) @ w[p + "attn.o_proj.weight"].T
+        h = norm(x, w[p + "mlp_norm.weight"])
+        h = F.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)
+        x = x + h @ w[p + "mlp.down_proj.weight"].T
+    return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+
+
+GLA = dict(model_type="gla", hidden_size=32, num_hidden_layers=3, num_heads=2, vocab_size=40, expand_k=0.5)
+GLA |= dict(
+    expand_v=1, hidden_ratio=4, norm_eps=1e-6, attn_mode="chunk", use_short_conv=False, fuse_norm=True
+)
+
+
+@pytest.mark.parametrize("shards, fuse_norm", [(1, True), (1, False), (3, True)])
+def test_flash_linear_attention_checkpoints_give_its_logits_and_text(shards, fuse_norm, tmp_path):
+    save_file = needs("safetensors.torch").save_file
+    names = make_model("gla", vocab_size=40, d_model=32, n_layer=3).state_dict()
+    names = {
+        k if fuse_norm else k.replace("g_norm_swish_gate", "g_norm"): x.float() for k, x in names.items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps(GLA | dict(fuse_norm=fuse_norm)))
+    files = [f"model-{i}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
+    where = {name: files[i % shards] for i, name in enumerate(names)}
+    for file in files:
+        save_file({name: x for name, x in names.items() if where[name] == file}, tmp_path / file)
+    if shards > 1:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    model = lg.LanguageModel.from_pretrained(str(tmp_path))
+    exact = {name: x.double() for name, x in names.items()}
+    tokens = torch.randint(0, 40, (37,))
+    logits = naive_gla(exact, tokens, 2)
+    assert (model(tokens[None])[0][0] - logits).abs().max() < FLOAT32 * logits.abs().max()
+    text = tokens
+    for _ in range(50):
+        text = torch.cat([text, naive_gla(exact, text, 2)[-1].argmax(-1, keepdim=True)])
+    assert torch.equal(greedy(model, tokens[None], 50)[0], text[37:])
+
+
+def test_flash_linear_attention_loads_what_is_saved_here_and_back(tmp_path):
+    fla = needs("fla.models")
+    ours = make_model("gla", vocab_size=40, d_model=32, n_layer=3).float()
+    ours.save_pretrained(str(tmp_path / "ours"))
+    theirs, info = fla.GLAForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[x] for x in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = lg.LanguageModel.from_pretrained(str(tmp_path / "theirs"))
+    assert all(torch.equal(x, back.state_dict()[name]) for name, x in ours.state_dict().items())
+
+
+OURS = {
+    "mamba2": dict(pad_vocab_size_multiple=16),
+    "mamba1": dict(tie_embeddings=False),
+    "gla": dict(d_model=16),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "name, format",
+    [(name, format) for format, name in lg.KINDS.values()],
+)
+def test_saving_and_loading_changes_no_value_and_keeps_the_stored_dtype(name, format, dtype, tmp_path):
+    first = make_model(name, **OURS[name]).to(getattr(torch, dtype)).float()
+    first.save_pretrained(str(tmp_path / "a"), format, dtype=getattr(torch, dtype))
+    second = lg.LanguageModel.from_pretrained(str(tmp_path / "a"))
+    assert second.config.torch_dtype == dtype
+    second.save_pretrained(str(tmp_path / "b"), format)
+    for file in os.listdir(tmp_path / "a"):
+        if file != "pytorch_model.bin":  # a zip file, which holds its own name
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    third = lg.LanguageModel.from_pretrained(str(tmp_path / "b"))
+    for x, y, z in zip(first.parameters(), second.parameters(), third.parameters(), strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z) and y.dtype == torch.float32
+    tokens = torch.randint(0, 11, (2, 20))
+    assert (first(tokens)[0] - third(tokens)[0][..., :11]).abs().max() < 1e-5
+
+
+def test_post_trained_runs_of_train_py_can_be_saved_for_other_libraries(tmp_path):
+    model = make_model("mamba2").float()
+    saved = dict(config=lg.asdict(model.config), model=model.state_dict())
+    torch.save(saved, tmp_path / lg.CHECKPOINT)
+    for path in (tmp_path, tmp_path / lg.CHECKPOINT):
+        lg.LanguageModel.from_pretrained(str(path)).save_pretrained(str(tmp_path / "out"))
+        back = lg.LanguageModel.from_pretrained(str(tmp_path / "out"))
+        assert all(torch.equal(x, y) for x, y in zip(model.parameters(), back.parameters(), strict=True))
+        assert back.lm_head.weight is back.backbone["embedding"].weight
+
+
+def test_what_a_library_cannot_hold_is_refused_and_nothing_written(tmp_path):
+    out = str(tmp_path / "out")
+    for name, changes, format, message in (
+        ("mamba2", dict(norm_eps=1e-6), "mamba_ssm", "mamba_ssm has no setting for norm_eps 1e-06"),
+        ("gla", dict(gate_low_rank_dim=3), "fla", "fla has no setting for gate_low_rank_dim 3"),
+        ("gla", {}, "transformers", "unknown format 'transformers' for gla, expected fla"),
+        ("mamba1", {}, "fla", "unknown format 'fla' for mamba1, expected mamba_ssm or transformers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_model(name, **changes).save_pretrained(out, format)
+    large = make_model("mamba2")
+    large.backbone["norm_f"].weight.data[0] = 1e6
+    with pytest.raises(ValueError, match=r"norm_f.weight is not finite or too large for torch.float16"):
+        large.save_pretrained(out, dtype=torch.float16)
+    assert not os.path.exists(out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        make_model("mamba2").save_pretrained(str(tmp_path / "file"))
+
+
+NAME = "backbone.layers.1.mixer.in_proj.weight"
+
+
+def weights(change):
+    """A function that edits the weights of a folder."""
+
+    def edit(folder):
+        w = torch.load(folder / "pytorch_model.bin")
+        change(w)
+        torch.save(w, folder / "pytorch_model.bin")
+
+    return edit
+
+
+def settings(**changes):
+    """A function that edits the config.json of a folder."""
+
+    def edit(folder):
+        old = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(old | changes))
+
+    return edit
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (weights(lambda w: w.pop(NAME)), f"pytorch_model.bin lacks the weight {NAME}"),
+        (weights(lambda w: w.update(more=w[NAME])), "pytorch_model.bin has a weight more"),
+        (weights(lambda w: w.update({NAME: w[NAME].T})), rf"{NAME} is .*expected \(48, 8\)"),
+        (weights(lambda w: w.update({NAME: w[NAME].int()})), rf"{NAME} is .*torch.int32"),
+        (weights(lambda w: w.update({NAME: 3})), f"{NAME} is int"),
+        (weights(lambda w: w[NAME][0].fill_(torch.nan)), f"{NAME} has numbers that are not"),
+        (weights(lambda w: w.update({"lm_head.weight": 2 * w["lm_head.weight"]})), "differs"),
+        (settings(rms_norm=False), "config.json: rms_norm is False, but only True"),
+        (settings(attn_layer_idx=[3]), r"attn_layer_idx is \[3\]"),
+        (settings(depth_gate=1), "config.json: unknown setting depth_gate 1"),
+        (settings(model_type="llama"), "unknown kind of model 'llama'"),
+        (settings(d_model="8"), "make no model"),
+        (settings(d_model=-8), "make no model"),
+        (settings(d_model=9), r"expected \(\d+, 9\)|make no model"),
+        (settings(ssm_cfg=[1]), "config.json: ssm_cfg"),
+        (
+            lambda f: (f / "config.json").write_text('{"d_model": 8'),
+            "config.json is no JSON object or cut off",
+        ),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is no JSON object or cut off"),
+        (lambda f: (f / "config.json").unlink(), "no checkpoint at .*expected checkpoint.pt, or config.json"),
+        (
+            lambda f: os.truncate(f / "pytorch_model.bin", 3000),
+            "pytorch_model.bin' is not a checkpoint, cut off",
+        ),
+        (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "pytorch_model.bin' is not a checkpoint"),
+        (lambda f: torch.save({NAME: Bomb()}, f / "pytorch_model.bin"), "pytorch_model.bin' is not .*unsafe"),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())), "pytorch_model.bin' is not"),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin' is not a checkpoint"),
+    ],
+)
+def test_a_spoilt_checkpoint_is_one_clear_error_and_runs_nothing(spoil, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model("mamba2", ngroups=1, d_state=6).save_pretrained(str(tmp_path))
+    lg.LanguageModel.from_pretrained(str(tmp_path))
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        lg.LanguageModel.from_pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not os.path.exists("exploded")
+
+
+def header(change):
+    """A function that edits the header's entry for NORM in a .safetensors file."""
+
+    def edit(file):
+        data = file.read_bytes()
+        n = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8 : 8 + n])
+        change(entries)
+        text = json.dumps(entries).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+
+    return edit
+
+
+def offsets(start, stop):
+    return header(lambda h: h[NORM].update(data_offsets=[start, stop]))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (offsets(10**12, 10**12 + 32), f"entry for {NORM} is wrong"),
+        (offsets(-32, 0), f"entry for {NORM} is wrong"),
+        (offsets(0, 10**9), f"entry for {NORM} is wrong"),
+        (offsets("a", None), f"entry for {NORM} is wrong"),
+        (offsets(0, 32), "overlap or do not fill the file"),
+        (header(lambda h: h[NORM].update(shape=[-8])), f"entry for {NORM} is wrong"),
+        (header(lambda h: h[NORM].update(shape=[2, -2, -2])), f"entry for {NORM} is wrong"),
+        (header(lambda h: h[NORM].update(shape=[4, 2])), f"{NORM} is "),
+        (header(lambda h: h[NORM].update(dtype="I64")), f"entry for {NORM} is wrong"),
+        (header(lambda h: h.update({NORM: 1})), f"entry for {NORM} is wrong"),
+        (header(lambda h: h.pop(NORM)), "do not fill the file"),
+        (lambda f: os.truncate(f, os.path.getsize(f) - 1), "is wrong|do not fill the file"),
+        (lambda f: os.truncate(f, 20), "claims a header of"),
+        (lambda f: os.truncate(f, 5), "claims a header of"),
+        (lambda f: f.write_bytes((10**10).to_bytes(8, "little") + b"{}"), "claims a header of 10000000000"),
+        (lambda f: f.write_bytes((8).to_bytes(8, "little") + b"{'a': 1}"), "is no JSON object"),
+        (lambda f: f.write_bytes(f.read_bytes() + b"more"), "do not fill the file"),
+    ],
+)
+def test_a_safetensors_file_that_lies_is_one_clear_error(spoil, message, tmp_path):
+    make_model("gla").save_pretrained(str(tmp_path))
+    lg.LanguageModel.from_pretrained(str(tmp_path))
+    spoil(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as caught:
+        lg.LanguageModel.from_pretrained(str(tmp_path))
+    assert "model.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_index_cannot_point_outside_its_folder(tmp_path):
+    make_model("gla").save_pretrained(str(tmp_path / "a"))
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    for outside in ("../model.safetensors", str(tmp_path / "model.safetensors"), 3):
+        index = dict(weight_map={"model.norm.weight": outside})
+        (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"index.json: weight_map must say"):
+            lg.LanguageModel.from_pretrained(str(tmp_path / "a"))
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    break_off, requests = False, 0
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        Hub.requests += 1
+        return super().do_GET()
+
+    def copyfile(self, source, outputfile):
+        outputfile.write(source.read(os.path.getsize(source.name) // (2 if Hub.break_off else 1)))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server of tmp_path/hub in the place of the hub, with an empty cache."""
+    handler = functools.partial(Hub, directory=str(tmp_path / "hub"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(lg, "HUB", f"http://127.0.0.1:{server.server_port}/{{name}}/{{file}}")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    Hub.break_off = False
+    yield tmp_path / "hub"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gla"])
+def test_a_name_is_fetched_from_the_hub_once(hub, name):
+    model = make_model(name).float()
+    model.save_pretrained(str(hub / "someone" / "model-1.3b"))
+    first = lg.LanguageModel.from_pretrained("someone/model-1.3b")
+    requests = Hub.requests
+    second = lg.LanguageModel.from_pretrained("someone/model-1.3b")
+    assert Hub.requests == requests
+    for x, y, z in zip(model.parameters(), first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
+def test_all_shards_are_fetched(hub):
+    folder = hub / "someone" / "shards"
+    model = make_model("gla").float()
+    model.save_pretrained(str(folder))
+    weights = {name: x.clone() for name, x in lg.read_safetensors(str(folder / "model.safetensors")).items()}
+    (folder / "model.safetensors").unlink()
+    where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(weights)}
+    for file in set(where.values()):
+        lg.write_safetensors({n: x for n, x in weights.items() if where[n] == file}, str(folder / file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    fetched = lg.LanguageModel.from_pretrained("someone/shards")
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), fetched.parameters(), strict=True))
+
+
+def test_a_download_that_breaks_off_is_noticed_and_starts_again(hub, tmp_path):
+    make_model("mamba2").save_pretrained(str(hub / "someone" / "model"))
+    Hub.break_off = True
+    with pytest.raises(ValueError, match=r"someone/model.*bytes came, try again"):
+        lg.LanguageModel.from_pretrained("someone/model")
+    assert not [f for _, _, files in os.walk(tmp_path / "cache") for f in files]
+    Hub.break_off = False
+    lg.LanguageModel.from_pretrained("someone/model")
+
+
+def test_names_that_lead_nowhere_are_named(hub):
+    for name in ("someone/nothing", "nowhere", "../someone/model", "a/b/c", "someone/..", ""):
+        with pytest.raises(ValueError, match=f"no checkpoint at '{name}'"):
+            lg.LanguageModel.from_pretrained(name)
+
+
+def test_a_server_that_is_not_there_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(lg, "HUB", "http://127.0.0.1:9/{name}/{file}")
+    with pytest.raises(ValueError, match=r"no config.json of 'someone/model' here, and http.* failed"):
+        lg.LanguageModel.from_pretrained("someone/model")
+
+
+def test_what_is_read_is_a_copy(tmp_path):
+    """Training what was loaded, or replacing the file, leaves the other untouched."""
+    make_model("gla").save_pretrained(str(tmp_path))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = lg.LanguageModel.from_pretrained(str(tmp_path))
+    values = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    again = lg.LanguageModel.from_pretrained(str(tmp_path))
+    np.memmap(tmp_path / "model.safetensors", np.uint8, "r+")[-1000:] = 0
+    assert all(torch.equal(x, values[name]) for name, x in again.state_dict().items())
