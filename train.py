@@ -33,7 +33,7 @@ TINY = {  # models that learn echo on a laptop in minutes
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
 }
 PRETRAIN = dict(steps=1400, lr=3e-3)
-POSTTRAIN = dict(steps=300, lr=1e-3)
+POSTTRAIN = dict(steps=500, lr=1e-3)
 FINAL_LR, WEIGHT_DECAY, BETAS, CLIP = 1e-5, 0.01, (0.9, 0.95), 1.0  # the paper's
 SAVE_EVERY = 100  # steps
 
@@ -81,7 +81,7 @@ def parse_arguments(argv):
         help="state handed over: with or without convolution",
     )
     p.add_argument(
-        "--zero-prob", type=float, default=0.1, help="probability that a row starts from zeros all the same"
+        "--zero-prob", type=float, default=0.5, help="probability that a row starts from zeros all the same"
     )
     p.add_argument("--noise-std", type=float, default=0.1, help="standard deviation of random_noise")
     p.add_argument("--seed", type=int, default=0)
