@@ -135,7 +135,7 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt + self.dt_bias)  # float32 even where autocast computes in bfloat16
         v = (dt[..., None] * x).to(x.dtype)
         o, S = scan(q, k, v, -dt * self.A_log.exp(), state.scan, self.backend)
-        y = (o + self.D[:, None] * x).flatten(-2) * F.silu(z)
+        y = torch.addcmul(o, self.D[:, None], x).flatten(-2) * F.silu(z)
         # the gated norm runs over each group's channels
         y = F.rms_norm(y.unflatten(-1, (self.G, -1)), (self.d_inner // self.G,), eps=self.norm_eps)
         y = y.flatten(-2) * self.norm.weight
@@ -148,7 +148,7 @@ def causal_conv(x, weight, bias):
     As a 2-d convolution of height 1, because channels-last 2-d convolutions are several times faster on CPUs.
     """
     y = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, groups=weight.shape[0])
-    return y[:, :, 0].transpose(1, 2)
+    return y.squeeze(2).transpose(1, 2)  # the gradient of y[:, :, 0] would fill a tensor with zeros
 
 
 class GLA(nn.Module):

@@ -86,6 +86,9 @@ def parse_arguments(argv):
     p.add_argument("--noise-std", type=float, default=0.1, help="standard deviation of random_noise")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs", help="folder of the runs")
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile the model: a minute to start, then faster"
+    )
     p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     args = p.parse_args(argv)
     for name in ("T", "steps", "batch", "accumulate", "lr"):
@@ -226,6 +229,7 @@ def train(model, corpus, settings, folder, device):
         with open(metrics_file, "w") as f:
             f.writelines(kept)
     run = torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    run = torch.compile(run) if s["compile"] else run
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     tokens_per_step = (
         s["batch"] * s["T"] * s["accumulate"] * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -400,7 +404,13 @@ def main(argv=None):
         os.path.join(args.out, f"{model_name}-{task}-{kind}-s{args.seed}") for kind in ("base", name)
     )
     common = dict(
-        task=task, T=T, data=corpus.name, batch=args.batch, accumulate=args.accumulate, seed=args.seed
+        task=task,
+        T=T,
+        data=corpus.name,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        seed=args.seed,
+        compile=args.compile,
     )
 
     # the base: given, found, or trained from zero states
