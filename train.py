@@ -90,10 +90,12 @@ def parse_arguments(argv):
     args = p.parse_args(argv)
     for name in ("T", "steps", "batch", "accumulate", "lr"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # so that NaN is refused too
             raise ValueError(f"--{name} must be positive, got {value}")
     if args.init and not args.intervention:
         raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
+    if not args.noise_std >= 0:
+        raise ValueError(f"--noise-std must not be negative, got {args.noise_std}")
     if not 0 <= args.zero_prob <= 1:
         raise ValueError(f"--zero-prob must lie between 0 and 1, got {args.zero_prob}")
     return args
@@ -297,6 +299,7 @@ def by_octave(measured, part):
     """Mean loss (nats) per range of OCTAVES, from a result of lengthgen.position_wise."""
     T, edges = measured["T"], measured["edges"]
     loss, count = (np.array(measured["parts"][part][x]) for x in ("loss", "count"))
+    loss = np.where(count > 0, loss, 0)  # a range below T may hold no target: that is no reason for NaN
     where = np.searchsorted(np.array(OCTAVES[1:]) * T, edges[:-1], side="right")
     return [
         float((loss * count)[where == i].sum() / count[where == i].sum()) for i in range(len(OCTAVES) - 1)
