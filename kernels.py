@@ -365,9 +365,8 @@ def _chain(k, v, b, state, tile, decay, reverse=False):
     enter, leave, first, last = (after, before, -1, 0) if reverse else (before, after, 0, -1)
     _call(k, k, v, b, _zeros(k, *enter.shape), tile, decay, reverse, leave=leave)
     b_L = torch.cat([b[:, chunk - 1 : T - 1 : chunk], b[:, T - 1 :]], 1)  # at the end of each chunk
-    a = torch.stack(
-        [x.sum(1).exp2() for x in b_L.split(segment // chunk, 1)], 1
-    )  # each segment's whole decay
+    # each segment's whole decay
+    a = torch.stack([x.sum(1).exp2() for x in b_L.split(segment // chunk, 1)], 1)
     a = a.repeat_interleave(H // b.shape[2], 2)[..., None]
     a = a[..., None] if decay == "scalar" else a
     edges[:, first] = state
