@@ -34,7 +34,12 @@ TINY = {  # models that learn echo on a laptop in minutes
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
 }
 PRETRAIN = dict(steps=1400, lr=3e-3)
-POSTTRAIN = dict(steps=300, lr=1e-3)
+POSTTRAIN = dict(steps=500, lr=1e-3, batch=64, zero_prob=0.5)
+# For official sizes steps, tokens and zero starts are the paper's. It does not tell its learning rate: ours is
+# midway, in ratios, between the peak of pre-training (6e-4 to 2e-4 by size) and the FINAL_LR that it ended at.
+LARGE = 50e6  # parameters
+POSTTRAIN_LARGE = dict(steps=500, lr=5e-5, batch=8, zero_prob=0.0)
+TOKENS_LARGE = 2**19  # a step
 FINAL_LR, WEIGHT_DECAY, BETAS, CLIP = 1e-5, 0.01, (0.9, 0.95), 1.0  # the paper's
 SAVE_EVERY = 100  # steps
 
@@ -60,9 +65,17 @@ def parse_arguments(argv):
         metavar="PATH",
         help="text files, folders, .jsonl or one .bin (the standard library)",
     )
-    p.add_argument("--tokenizer", default="bytes", help="bytes or the name of a tiktoken encoding")
+    p.add_argument(
+        "--tokenizer",
+        help="bytes, a tiktoken encoding or a byte-level tokenizer.json (that of the checkpoint, else bytes)",
+    )
     p.add_argument("--T", type=int, help="training length in tokens (that of the task, or of the checkpoint)")
-    p.add_argument("--init", metavar="RUN", help="checkpoint to start from instead of the tiny base")
+    p.add_argument(
+        "--init",
+        metavar="NAME",
+        help="where to start from instead of the tiny base: a run, or a checkpoint of mamba_ssm, transformers or "
+        "flash-linear-attention, on disk or on the hub (state-spaces/mamba2-130m)",
+    )
     p.add_argument(
         "--steps",
         type=int,
@@ -71,9 +84,11 @@ def parse_arguments(argv):
     p.add_argument(
         "--lr", type=float, help=f"peak learning rate (base {PRETRAIN['lr']}, after that {POSTTRAIN['lr']})"
     )
-    p.add_argument("--batch", type=int, default=64, help="rows of a micro-batch, on each rank")
+    p.add_argument("--batch", type=int, help="rows of a micro-batch, on each rank (64; official sizes 8)")
     p.add_argument(
-        "--accumulate", type=int, default=1, help="micro-batches of a step; the state is carried through them"
+        "--accumulate",
+        type=int,
+        help="micro-batches of a step; the state is carried through them (1; official sizes 0.5M tokens a step)",
     )
     p.add_argument(
         "--carry",
@@ -82,18 +97,27 @@ def parse_arguments(argv):
         help="state handed over: with or without convolution",
     )
     p.add_argument(
-        "--zero-prob", type=float, default=0.1, help="probability that a row starts from zeros all the same"
+        "--zero-prob",
+        type=float,
+        help="probability that a row starts from zeros all the same (0.5; official sizes 0, as in the paper)",
     )
     p.add_argument("--noise-std", type=float, default=0.1, help="standard deviation of random_noise")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs", help="folder of the runs")
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile the model: a minute to start, then faster"
+    )
     p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     args = p.parse_args(argv)
-    for name in ("T", "steps", "batch", "accumulate", "lr"):
+    for name in ("T", "steps", "batch", "accumulate", "lr"):  # None: main() chooses
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # so that NaN is refused too
             raise ValueError(f"--{name} must be positive, got {value}")
-    if not 0 <= args.zero_prob <= 1:
+    if args.init and not args.intervention:
+        raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
+    if not args.noise_std >= 0:
+        raise ValueError(f"--noise-std must not be negative, got {args.noise_std}")
+    if args.zero_prob is not None and not 0 <= args.zero_prob <= 1:
         raise ValueError(f"--zero-prob must lie between 0 and 1, got {args.zero_prob}")
     return args
 
@@ -148,13 +172,14 @@ def learning_rate(step, steps, peak):
 
 
 def make_optimizer(model):
-    """AdamW; no decay on norms, biases, A_log, D and dt_bias, which are all the vectors there are."""
-    parameters = list(model.parameters())
+    """AdamW; no decay on norms, biases, D and dt_bias, which are all the vectors there are, nor on A_log."""
+    parameters = list(model.named_parameters())
+    decays = [p.dim() > 1 and not name.endswith("A_log") for name, p in parameters]
     groups = [
-        dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY),
-        dict(params=[p for p in parameters if p.dim() <= 1], weight_decay=0.0),
+        dict(params=[p for (_, p), d in zip(parameters, decays, strict=True) if d == wanted], weight_decay=w)
+        for wanted, w in ((True, WEIGHT_DECAY), (False, 0.0))
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=parameters[0].device.type != "mps")
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=parameters[0][1].device.type != "mps")
 
 
 def write_atomically(path, write):
@@ -173,8 +198,12 @@ def write_json(path, value):
 
 
 def train(model, corpus, settings, folder, device):
-    """Train `model` in place as `settings` say, writing to `folder`; goes on where an equal run stopped."""
+    """Train `model` in place as `settings` say, writing to `folder`; goes on where an equal run stopped.
+
+    A finished run is only loaded. A folder that holds another run is left alone: ValueError.
+    """
     s = settings
+    make_folder(folder)
     task, _, _ = lg.TASKS[s["task"]]
     function, continues = lg.INTERVENTIONS[s["intervention"]]
     if s["intervention"] == "random_noise":
@@ -188,15 +217,24 @@ def train(model, corpus, settings, folder, device):
     checkpoint_file, metrics_file = (os.path.join(folder, f) for f in (lg.CHECKPOINT, "metrics.jsonl"))
     if os.path.exists(checkpoint_file):
         saved = lg.load_checkpoint(checkpoint_file)
-        if saved["settings"] == s and saved["step"] < s["steps"]:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            step, mine = saved["step"], saved["ranks"][rank()]
-            state = lg.map_state(lambda x: x.to(device), [lg.LayerState(*x) for x in mine["state"]])
-            stats.load_state_dict(mine["stats"], device)
-            rows.load_state_dict(mine["rows"])
-            noise_rng.set_state(mine["noise_rng"])
-            say(f"{folder}: goes on at step {step}, where the same run was stopped")
+        for key, value in s.items():
+            if saved["settings"].get(key) != value:
+                raise ValueError(
+                    f"{folder} holds a run with {key} {saved['settings'].get(key)!r}, not {value!r}: "
+                    "choose another --out or remove it"
+                )
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, mine = saved["step"], saved["ranks"][rank()]
+        if step == s["steps"]:
+            say(f"{folder}: found, all {step} steps")
+            return
+        state = lg.map_state(lambda x: x.to(device), [lg.LayerState(*x) for x in mine["state"]])
+        stats.load_state_dict(mine["stats"], device)
+        rows.load_state_dict(mine["rows"])
+        noise_rng.set_state(mine["noise_rng"])
+        say(f"{folder}: goes on at step {step}, where the same run was stopped")
+    saved_step = step
 
     def save():
         mine = dict(
@@ -217,20 +255,18 @@ def train(model, corpus, settings, folder, device):
             write_atomically(checkpoint_file, functools.partial(torch.save, checkpoint))
 
     if rank() == 0:
-        os.makedirs(folder, exist_ok=True)
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
         write_json(os.path.join(folder, "settings.json"), dict(s, command=sys.argv, versions=versions))
         kept = []
-        if step:
+        if step and os.path.exists(metrics_file):
             with open(metrics_file) as f:
-                kept = [line for line in f if json.loads(line)["step"] <= step]
+                kept = f.readlines()[:step]  # one line a step; the last may have been cut off
         with open(metrics_file, "w") as f:
             f.writelines(kept)
     run = torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    run = torch.compile(run) if s["compile"] else run
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    tokens_per_step = (
-        s["batch"] * s["T"] * s["accumulate"] * (dist.get_world_size() if dist.is_initialized() else 1)
-    )
+    tokens_per_step = s["batch"] * s["T"] * s["accumulate"] * s["ranks"]
     started, first = time.time(), step
     while step < s["steps"]:
         for group in optimizer.param_groups:
@@ -244,13 +280,16 @@ def train(model, corpus, settings, folder, device):
             loss.backward()
             step_loss += loss.detach()
             state = lg.next_initial_state(function, final, stats, noise_rng, s["zero_prob"], s["carry"])
-        step_loss = step_loss.item()
-        if not math.isfinite(step_loss):
+        if dist.is_initialized():  # so that all ranks report the same and stop together
+            dist.all_reduce(step_loss)
+        step_loss = step_loss.item() / s["ranks"]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+        if not (math.isfinite(step_loss) and math.isfinite(norm)):
+            kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
             raise FloatingPointError(
-                f"the loss became {step_loss} at step {step}; the last good checkpoint is kept in {folder}: "
-                f"try a smaller --lr than {s['lr']} or another --seed"
+                f"the loss became {step_loss} and its gradient {norm} in step {step + 1}, {kept} in "
+                f"{folder}: try a smaller --lr than {s['lr']} or another --seed"
             )
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -269,6 +308,7 @@ def train(model, corpus, settings, folder, device):
             )
         if step % SAVE_EVERY == 0 or step == s["steps"]:
             save()
+            saved_step = step
 
 
 def clock(seconds):
@@ -282,6 +322,7 @@ def by_octave(measured, part):
     """Mean loss (nats) per range of OCTAVES, from a result of lengthgen.position_wise."""
     T, edges = measured["T"], measured["edges"]
     loss, count = (np.array(measured["parts"][part][x]) for x in ("loss", "count"))
+    loss = np.where(count > 0, loss, 0)  # a range below T may hold no target: that is no reason for NaN
     where = np.searchsorted(np.array(OCTAVES[1:]) * T, edges[:-1], side="right")
     return [
         float((loss * count)[where == i].sum() / count[where == i].sum()) for i in range(len(OCTAVES) - 1)
@@ -376,7 +417,8 @@ def finished(folder):
 
 def measure(model, folder, task, T, corpus):
     """Position-wise loss, kept beside the checkpoint in `folder` (None: not kept)."""
-    measured = lg.position_wise(model, task, corpus, T)
+    rows = max(1, min(256, 2**22 // (64 * T)))  # 4M tokens are enough
+    measured = lg.position_wise(model, task, corpus, T, rows=rows)
     if folder and rank() == 0:
         write_json(os.path.join(folder, "position_wise.json"), measured)
     return measured
@@ -388,6 +430,7 @@ def main(argv=None):
     init = lg.load_checkpoint(args.init) if args.init else None
     task = args.task or (init["settings"]["task"] if init else "echo")
     T = args.T or (init["settings"]["T"] if init else lg.TASKS[task][1])
+    args.tokenizer = args.tokenizer or (init and init["settings"].get("tokenizer")) or "bytes"
     corpus = lg.load_corpus(args.data, args.tokenizer)
     for split in ("train", "val"):  # a text that is too short or a T that does not fit is found out here
         lg.TASKS[task][0](lg.Rows(corpus, split, 1, True, 0), T)
@@ -395,14 +438,23 @@ def main(argv=None):
     device = choose_device(args.device)
     say(f"corpus: {corpus.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
 
-    model_name = init["config"]["layer"] if init else args.model
+    model_name = init["settings"].get("name", init["config"]["layer"]) if init else args.model
+    large = bool(init) and sum(x.numel() for x in init["model"].values()) > LARGE
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    defaults = POSTTRAIN_LARGE if large else POSTTRAIN
+    for key in ("batch", "zero_prob"):
+        if getattr(args, key) is None:
+            setattr(args, key, defaults[key])
+    if args.accumulate is None:
+        args.accumulate = math.ceil(TOKENS_LARGE / (args.batch * T * ranks)) if large else 1
     name = args.intervention and args.intervention + ("-scan" if args.carry == "scan" else "")
     base_folder, folder = (
         os.path.join(args.out, f"{model_name}-{task}-{kind}-s{args.seed}") for kind in ("base", name)
     )
     common = dict(
-        task=task, T=T, data=corpus.name, batch=args.batch, accumulate=args.accumulate, seed=args.seed
-    )
+        task=task, T=T, data=corpus.name, batch=args.batch, accumulate=args.accumulate, seed=args.seed,
+        ranks=ranks, compile=args.compile, name=model_name, tokenizer=args.tokenizer,
+    )  # fmt: skip
 
     # the base: given, found, or trained from zero states
     base = init or finished(base_folder)
@@ -415,19 +467,23 @@ def main(argv=None):
                     f"{value!r}: choose another --out or remove it"
                 )
         model = lg.LanguageModel.from_checkpoint(base).to(device)
-        if model.config.vocab_size != corpus.vocab_size:
+        # transformers counts padding rows as words
+        if not 0 <= model.config.vocab_size - corpus.vocab_size < 128:
             raise ValueError(
                 f"{base_folder} knows {model.config.vocab_size} tokens, the corpus has {corpus.vocab_size}: "
                 "choose the --tokenizer that it was trained with"
             )
         say(f"base: {base_folder}, {'asked for' if init else 'found'}")
+        if large:
+            model.config.recompute = True
+            say("memory: layers are computed again in the backward pass, official sizes need it")
     else:
         say(f"base: none in {base_folder}, so it is trained first, from zero states")
         torch.manual_seed(args.seed)
         config = lg.ModelConfig(layer=model_name, vocab_size=corpus.vocab_size, **TINY[model_name])
         model = lg.LanguageModel(config).to(device)
         plain = dict(intervention="zero", carry="full", zero_prob=0.0, noise_std=0.0, init=None)
-        own = dict(PRETRAIN) if args.intervention else recipe(PRETRAIN, args)
+        own = PRETRAIN if args.intervention else recipe(PRETRAIN, args)
         train(model, corpus, common | plain | own, base_folder, device)
     results = {}
     results["base"] = measure(model, None if init else base_folder, task, T, corpus)
@@ -439,7 +495,7 @@ def main(argv=None):
         )  # fmt: skip
         kept = f"{args.zero_prob:.0%} of the rows from zeros, carrying the {args.carry} state"
         say(f"post-training with {name}, {kept}")
-        train(model, corpus, common | chosen | recipe(POSTTRAIN, args), folder, device)
+        train(model, corpus, common | chosen | recipe(defaults, args), folder, device)
         results[name] = measure(model, folder, task, T, corpus)
 
     print_table(results)
@@ -458,7 +514,7 @@ def recipe(defaults, args):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
