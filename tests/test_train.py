@@ -115,6 +115,19 @@ def test_interventions_lead_to_different_weights(out, monkeypatch):
             assert torch.equal(weights[a], weights[b]) == equal, (a, b)
 
 
+def test_the_state_that_the_next_step_starts_from_is_as_the_options_say(out):
+    """Read from the checkpoint: the noise has its std, rows start from zeros, the convolution is left out."""
+    options = ["--intervention", "random_noise", "--batch", 100, "--carry", "scan"]
+    run(*options, "--noise-std", 0.7, "--zero-prob", 0.4)
+    saved = lg.load_checkpoint(out / "mamba2-echo-random_noise-scan-s0")
+    for conv, scan in saved["ranks"][0]["state"]:
+        zeroed = (scan.flatten(1) == 0).all(1)
+        assert abs(zeroed.double().mean() - 0.4) < 5 * math.sqrt(0.4 * 0.6 / 100)
+        n = scan[~zeroed].numel()
+        assert abs(scan[~zeroed].std() - 0.7) < 5 * 0.7 / math.sqrt(2 * n)
+        assert not conv.any()
+
+
 @pytest.mark.parametrize("task, T", [("text", 8), ("copy", 43), ("echo_windows", 16)])
 def test_every_task_trains_and_is_measured(task, T, out):
     run("--intervention", "tbtt", "--task", task, "--accumulate", 2, T=T)
