@@ -209,7 +209,8 @@ def test_norms_biases_and_the_vectors_of_the_recurrence_do_not_decay(model, out)
 
 @pytest.mark.parametrize("name", [*lg.INTERVENTIONS, None])
 def test_twenty_steps_are_ten_and_a_stop_and_ten_bit_for_bit(name, out, monkeypatch):
-    options = ["--accumulate", 2, "--zero-prob", 0.3, "--carry", "scan" if name == "tbtt" else "full"]
+    options = ["--batch", 4, "--accumulate", 2, "--zero-prob", 0.3]
+    options += ["--carry", "scan" if name == "tbtt" else "full"]
     options += ["--intervention", name] if name else []
     options += ["--model", "gla"] if name == "fitted_noise" else []
     monkeypatch.setattr(train, "SAVE_EVERY", 10)
