@@ -855,8 +855,8 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
         state = [s._replace(conv=None if s.conv is None else torch.zeros_like(s.conv)) for s in state]
     if zero_prob:
         scan_state = state[0].scan
-        keep = torch.rand(len(scan_state), generator=rng, device=scan_state.device) >= zero_prob
-        state = map_state(lambda x: x * keep.view(-1, *[1] * (x.dim() - 1)), state)
+        zeroed = torch.rand(len(scan_state), generator=rng, device=scan_state.device) < zero_prob
+        state = map_state(lambda x: x.masked_fill(zeroed.view(-1, *[1] * (x.dim() - 1)), 0), state)
     return state
 
 

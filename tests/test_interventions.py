@@ -158,6 +158,8 @@ def test_zero_starts_are_drawn_for_each_row_and_hold_for_all_its_layers():
     assert abs(zeroed[0].double().mean() - 0.3) < SIGMAS * math.sqrt(0.3 * 0.7 / 1000)
     for x, y in zip(tensors(started), tensors(state), strict=True):
         assert torch.equal(x[~zeroed[0]], y[~zeroed[0]])  # and the other rows are untouched
+    overflown = lg.map_state(lambda x: x.clone().fill_(torch.inf), state)  # zeros, not 0 * infinity
+    assert not any(x.any() for x in tensors(next_state("state_passing", overflown, zero_prob=1.0)))
     for zero_prob, kept in ((0.0, True), (1.0, False)):
         rows = next_state("state_passing", state, zero_prob=zero_prob)[0].scan.flatten(1)
         assert rows.any(1).all() if kept else not rows.any()
