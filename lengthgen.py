@@ -450,7 +450,7 @@ CHECKPOINT = "checkpoint.pt"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 HUB = "https://huggingface.co/{name}/resolve/main/{file}"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the official Mambas use; they come without one
+NEOX = "EleutherAI/gpt-neox-20b"  # has the tokenizer of the official Mambas, which come without
 
 KINDS = {  # ssm_cfg.layer or model_type in config.json -> the library that writes it, and our layer
     "Mamba2": ("mamba_ssm", "mamba2"),
@@ -681,7 +681,8 @@ def load_checkpoint(name_or_folder):
     float32, and with the settings that train.py is to go on with. Raises ValueError, one sentence that names
     file and weight, for all that is missing, extra, misshapen, not finite, cut off or not understood.
     """
-    path = name_or_folder if os.path.exists(name_or_folder) else fetch_model(name_or_folder)
+    name = os.fspath(name_or_folder)
+    path = name if os.path.exists(name) else fetch_model(name)
     folder, given = (path, None) if os.path.isdir(path) else os.path.split(path)
     file = os.path.join(folder, given or CHECKPOINT)
     if os.path.isfile(file) and not file.endswith((".safetensors", ".json", ".bin")):
@@ -699,9 +700,9 @@ def load_checkpoint(name_or_folder):
     settings = parse_json(Path(config_file).read_bytes(), config_file)
     config = foreign_config(settings, config_file)
     weights = {}
-    for name, x in read_weights(file).items():
-        name = str(name).replace("backbone.embeddings.", "backbone.embedding.")
-        weights[name.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # the name without fla's fused norm
+    for theirs, x in read_weights(file).items():
+        ours = str(theirs).replace("backbone.embeddings.", "backbone.embedding.")
+        weights[ours.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # fla's name where fuse_norm is off
     embedding = embedding_name(config)
     if config.tie_embeddings and embedding in weights:
         weights.setdefault("lm_head.weight", weights[embedding])
@@ -709,15 +710,15 @@ def load_checkpoint(name_or_folder):
     dtype = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()})
     config.torch_dtype = str(dtype).removeprefix("torch.")
     # one by one, so that at no time there are two copies in memory
-    weights = {name: weights.pop(name).to(torch.float32, copy=True) for name in list(weights)}
+    weights = {x: weights.pop(x).to(torch.float32, copy=True) for x in list(weights)}
     if config.tie_embeddings:
         weights["lm_head.weight"] = weights[embedding]
-    tokenizer = folder if os.path.isfile(os.path.join(folder, "tokenizer.json")) else name_or_folder
-    if "model_type" not in settings and tokenizer is not folder:
+    tokenizer = name if path != name else None
+    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        tokenizer = folder
+    elif "model_type" not in settings and config.vocab_size == 50277:
         tokenizer = NEOX
-    run = dict(
-        task="text", T=2048, tokenizer=tokenizer, name=os.path.basename(os.path.normpath(name_or_folder))
-    )
+    run = dict(task="text", T=2048, tokenizer=tokenizer, name=os.path.basename(os.path.abspath(folder)))
     return dict(config=asdict(config), model=weights, settings=run)
 
 

@@ -35,11 +35,11 @@ TINY = {  # models that learn echo on a laptop in minutes
 }
 PRETRAIN = dict(steps=1400, lr=3e-3)
 POSTTRAIN = dict(steps=500, lr=1e-3, batch=64, zero_prob=0.5)
-# For official sizes steps, tokens and zero starts are the paper's. It does not tell its learning rate: ours is
-# midway, in ratios, between the peak of pre-training (6e-4 to 2e-4 by size) and the FINAL_LR that it ended at.
+# For official sizes: steps, tokens and no zero starts as in the paper. Its learning rate is unknown; ours lies
+# half-way, by ratio, between the peak of pre-training (6e-4 to 2e-4 by size) and its end, FINAL_LR.
 LARGE = 50e6  # parameters
 POSTTRAIN_LARGE = dict(steps=500, lr=5e-5, batch=8, zero_prob=0.0)
-TOKENS_LARGE = 2**19  # a step
+TOKENS_LARGE = 2**19  # a step, by accumulation
 FINAL_LR, WEIGHT_DECAY, BETAS, CLIP = 1e-5, 0.01, (0.9, 0.95), 1.0  # the paper's
 SAVE_EVERY = 100  # steps
 
@@ -73,8 +73,7 @@ def parse_arguments(argv):
     p.add_argument(
         "--init",
         metavar="NAME",
-        help="where to start from instead of the tiny base: a run, or a checkpoint of mamba_ssm, transformers or "
-        "flash-linear-attention, on disk or on the hub (state-spaces/mamba2-130m)",
+        help="start from a run or a foreign checkpoint, on disk or on the hub, instead of the tiny base",
     )
     p.add_argument(
         "--steps",
@@ -88,7 +87,7 @@ def parse_arguments(argv):
     p.add_argument(
         "--accumulate",
         type=int,
-        help="micro-batches of a step; the state is carried through them (1; official sizes 0.5M tokens a step)",
+        help="micro-batches of a step; the state is carried through them (1; official sizes 0.5M tokens)",
     )
     p.add_argument(
         "--carry",
@@ -172,14 +171,15 @@ def learning_rate(step, steps, peak):
 
 
 def make_optimizer(model):
-    """AdamW; no decay on norms, biases, D and dt_bias, which are all the vectors there are, nor on A_log."""
-    parameters = list(model.named_parameters())
-    decays = [p.dim() > 1 and not name.endswith("A_log") for name, p in parameters]
-    groups = [
-        dict(params=[p for (_, p), d in zip(parameters, decays, strict=True) if d == wanted], weight_decay=w)
-        for wanted, w in ((True, WEIGHT_DECAY), (False, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=parameters[0][1].device.type != "mps")
+    """AdamW; no decay on norms, biases, D, dt_bias and A_log: the vectors, and Mamba-1's A_log."""
+
+    def group(decays, weight_decay):
+        named = model.named_parameters()
+        params = [p for name, p in named if (p.dim() > 1 and not name.endswith("A_log")) == decays]
+        return dict(params=params, weight_decay=weight_decay)
+
+    fused = model.lm_head.weight.device.type != "mps"
+    return torch.optim.AdamW([group(True, WEIGHT_DECAY), group(False, 0.0)], lr=0.0, betas=BETAS, fused=fused)
 
 
 def write_atomically(path, write):
@@ -442,11 +442,9 @@ def main(argv=None):
     large = bool(init) and sum(x.numel() for x in init["model"].values()) > LARGE
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     defaults = POSTTRAIN_LARGE if large else POSTTRAIN
-    for key in ("batch", "zero_prob"):
-        if getattr(args, key) is None:
-            setattr(args, key, defaults[key])
-    if args.accumulate is None:
-        args.accumulate = math.ceil(TOKENS_LARGE / (args.batch * T * ranks)) if large else 1
+    args.batch = args.batch or defaults["batch"]
+    args.accumulate = args.accumulate or (math.ceil(TOKENS_LARGE / (args.batch * T * ranks)) if large else 1)
+    args.zero_prob = defaults["zero_prob"] if args.zero_prob is None else args.zero_prob
     name = args.intervention and args.intervention + ("-scan" if args.carry == "scan" else "")
     base_folder, folder = (
         os.path.join(args.out, f"{model_name}-{task}-{kind}-s{args.seed}") for kind in ("base", name)
@@ -467,7 +465,7 @@ def main(argv=None):
                     f"{value!r}: choose another --out or remove it"
                 )
         model = lg.LanguageModel.from_checkpoint(base).to(device)
-        # transformers counts padding rows as words
+        # the padding of a vocabulary counts as words in transformers
         if not 0 <= model.config.vocab_size - corpus.vocab_size < 128:
             raise ValueError(
                 f"{base_folder} knows {model.config.vocab_size} tokens, the corpus has {corpus.vocab_size}: "
@@ -476,7 +474,7 @@ def main(argv=None):
         say(f"base: {base_folder}, {'asked for' if init else 'found'}")
         if large:
             model.config.recompute = True
-            say("memory: layers are computed again in the backward pass, official sizes need it")
+            say("memory: each layer is computed again in the backward pass, as its activations would not fit")
     else:
         say(f"base: none in {base_folder}, so it is trained first, from zero states")
         torch.manual_seed(args.seed)
@@ -493,9 +491,11 @@ def main(argv=None):
             intervention=args.intervention, carry=args.carry, zero_prob=args.zero_prob,
             noise_std=args.noise_std, init=base_folder,
         )  # fmt: skip
+        settings = common | chosen | recipe(defaults, args)
         kept = f"{args.zero_prob:.0%} of the rows from zeros, carrying the {args.carry} state"
-        say(f"post-training with {name}, {kept}")
-        train(model, corpus, common | chosen | recipe(defaults, args), folder, device)
+        tokens = f"{args.batch} x {args.accumulate} x {ranks} rows of {T} tokens a step"
+        say(f"post-training with {name}, {kept}, {tokens}, learning rate {settings['lr']}")
+        train(model, corpus, settings, folder, device)
         results[name] = measure(model, folder, task, T, corpus)
 
     print_table(results)
