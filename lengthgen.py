@@ -405,7 +405,7 @@ class LanguageModel(nn.Module):
         if format != "mamba_ssm" and c.tie_embeddings:
             del weights["lm_head.weight"]
         settings = foreign_settings(c, formats[format], dtype)
-        read_back = foreign_config(settings, folder)
+        read_back = ModelConfig(**foreign_config(settings, folder))
         for field in SETTINGS[format].keys() | {"norm_eps", "gate_low_rank_dim"}:
             if getattr(read_back, field) != getattr(c, field):
                 raise ValueError(
@@ -516,7 +516,7 @@ def foreign_settings(c, kind, dtype):
 
 
 def foreign_config(settings, file):
-    """The ModelConfig of another library's config.json; ValueError for what is not understood."""
+    """Another library's config.json as arguments of ModelConfig; ValueError for what is not understood."""
     ssm = settings.get("ssm_cfg", {})
     if not isinstance(ssm, dict):
         raise ValueError(f"{file}: ssm_cfg is {ssm!r}, expected a JSON object")
@@ -531,23 +531,10 @@ def foreign_config(settings, file):
         if name in ours:
             config[ours[name]] = None if value == "auto" else value  # the rank of Mamba-1's dt
         elif name in COMPUTED and value not in COMPUTED[name]:
-            raise ValueError(
-                f"{file}: {name} is {value!r}, but only {COMPUTED[name][0]!r} is implemented here"
-            )
+            raise ValueError(f"{file}: {name} is {value!r}, but only {COMPUTED[name][0]!r} is known here")
         elif name not in COMPUTED and not re.fullmatch(HARMLESS, name):
             raise ValueError(f"{file}: unknown setting {name} {value!r}, remove it if it changes no logits")
-    return make_config(config, file)
-
-
-def make_config(config, file):
-    """The ModelConfig of a dictionary; a ValueError that names the file if there can be no such model."""
-    try:
-        config = ModelConfig(**config)
-        with torch.device("meta"):
-            LanguageModel(config)
-        return config
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{file}: its settings make no model: {str(error).splitlines()[0]}") from None
+    return config
 
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -559,6 +546,8 @@ def read_safetensors(file):
     The format: 8 bytes with the size n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets:
     [start, stop]}}; the tensors, without gaps.
     """
+    if not os.path.isfile(file):
+        raise ValueError(f"{file} is missing, which the index of weights lists")
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
@@ -689,7 +678,7 @@ def load_checkpoint(name_or_folder):
         checkpoint = unpickle(file, mmap=False)
         if not checkpoint.keys() >= {"config", "model"}:
             raise ValueError(f"{file!r} is not a checkpoint of train.py")
-        check_weights(make_config(checkpoint["config"], file), checkpoint["model"], file)
+        check_weights(checkpoint["config"], checkpoint["model"], file)
         return checkpoint
 
     config_file = os.path.join(folder, "config.json")
@@ -698,21 +687,17 @@ def load_checkpoint(name_or_folder):
     if not (file and os.path.isfile(config_file)):
         raise ValueError(f"no checkpoint at {path!r}, expected {CHECKPOINT}, or config.json and {WEIGHTS[0]}")
     settings = parse_json(Path(config_file).read_bytes(), config_file)
-    config = foreign_config(settings, config_file)
-    weights = {}
+    config, weights = foreign_config(settings, config_file), {}
     for theirs, x in read_weights(file).items():
         ours = str(theirs).replace("backbone.embeddings.", "backbone.embedding.")
         weights[ours.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # fla's name where fuse_norm is off
-    embedding = embedding_name(config)
-    if config.tie_embeddings and embedding in weights:
-        weights.setdefault("lm_head.weight", weights[embedding])
-    check_weights(config, weights, file)
+    config = check_weights(config, weights, file)
     dtype = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()})
     config.torch_dtype = str(dtype).removeprefix("torch.")
     # one by one, so that at no time there are two copies in memory
     weights = {x: weights.pop(x).to(torch.float32, copy=True) for x in list(weights)}
     if config.tie_embeddings:
-        weights["lm_head.weight"] = weights[embedding]
+        weights["lm_head.weight"] = weights[embedding_name(config)]
     tokenizer = name if path != name else None
     if os.path.isfile(os.path.join(folder, "tokenizer.json")):
         tokenizer = folder
@@ -723,24 +708,30 @@ def load_checkpoint(name_or_folder):
 
 
 def check_weights(config, weights, file):
-    """Raise a ValueError that names the weight, unless a model of this config has exactly these weights."""
-    with torch.device("meta"):
-        expected = LanguageModel(config).state_dict()
-    for name in expected.keys() | weights.keys():
-        x = weights.get(name)
+    """The ModelConfig of a dictionary, if a model of it has exactly these weights, else a ValueError."""
+    try:
+        config = ModelConfig(**config)
+        with torch.device("meta"):
+            expected = LanguageModel(config).state_dict()
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{file}: its settings make no model: {str(error).splitlines()[0]}") from None
+    embedding = embedding_name(config)
+    if config.tie_embeddings and embedding in weights:
+        weights.setdefault("lm_head.weight", weights[embedding])
+    for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
             raise ValueError(f"{file} lacks the weight {name}, which its settings ask for")
         if name not in expected:
             raise ValueError(f"{file} has a weight {name}, which its settings do not ask for")
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.shape != expected[name].shape:
+        x, shape = weights[name], tuple(expected[name].shape)
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.shape != shape:
             found = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(
-                f"{file}: {name} is {found}, expected {tuple(expected[name].shape)} of a float dtype"
-            )
+            raise ValueError(f"{file}: {name} is {found}, expected {shape} of a float dtype")
         if not x.isfinite().all():
             raise ValueError(f"{file}: {name} has numbers that are not finite, fetch it again")
-    if config.tie_embeddings and not weights["lm_head.weight"].equal(weights[embedding_name(config)]):
+    if config.tie_embeddings and not weights["lm_head.weight"].equal(weights[embedding]):
         raise ValueError(f"{file}: lm_head.weight differs from the embedding that its settings tie it to")
+    return config
 
 
 def embedding_name(config):

@@ -35,7 +35,7 @@ TINY = {  # models that learn echo on a laptop in minutes
 }
 PRETRAIN = dict(steps=1400, lr=3e-3)
 POSTTRAIN = dict(steps=500, lr=1e-3, batch=64, zero_prob=0.5)
-# For official sizes: steps, tokens and no zero starts as in the paper. Its learning rate is unknown; ours lies
+# For official sizes: steps, tokens, no zero starts as in the paper. Its learning rate is unknown; ours lies
 # half-way, by ratio, between the peak of pre-training (6e-4 to 2e-4 by size) and its end, FINAL_LR.
 LARGE = 50e6  # parameters
 POSTTRAIN_LARGE = dict(steps=500, lr=5e-5, batch=8, zero_prob=0.0)

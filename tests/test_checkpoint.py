@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import make_model
+from test_tokenizer import make_tokenizer
 
 import lengthgen as lg
+import train
 
 FLOAT32 = 1e-4  # relative: the other library adds up in another order
 
@@ -280,7 +282,7 @@ class Bomb:
         (weights(lambda w: w.update({NAME: 3})), f"{NAME} is int"),
         (weights(lambda w: w[NAME][0].fill_(torch.nan)), f"{NAME} has numbers that are not"),
         (weights(lambda w: w.update({"lm_head.weight": 2 * w["lm_head.weight"]})), "differs"),
-        (settings(rms_norm=False), "config.json: rms_norm is False, but only True"),
+        (settings(rms_norm=False), "config.json: rms_norm is False, but only True is"),
         (settings(attn_layer_idx=[3]), r"attn_layer_idx is \[3\]"),
         (settings(depth_gate=1), "config.json: unknown setting depth_gate 1"),
         (settings(model_type="llama"), "unknown kind of model 'llama'"),
@@ -367,6 +369,15 @@ def test_a_safetensors_file_that_lies_is_one_clear_error(spoil, message, tmp_pat
     assert "model.safetensors" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_missing_shard_is_named(tmp_path):
+    make_model("gla").save_pretrained(str(tmp_path))
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    where = {"model.norm.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    with pytest.raises(ValueError, match=r"b.safetensors is missing"):
+        lg.LanguageModel.from_pretrained(str(tmp_path))
+
+
 def test_an_index_cannot_point_outside_its_folder(tmp_path):
     make_model("gla").save_pretrained(str(tmp_path / "a"))
     (tmp_path / "a" / "model.safetensors").rename(tmp_path / "model.safetensors")
@@ -375,6 +386,37 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path):
         (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match=r"index.json: weight_map must say"):
             lg.LanguageModel.from_pretrained(str(tmp_path / "a"))
+
+
+def test_official_sizes_are_post_trained_as_in_the_paper(tmp_path, monkeypatch):
+    """No zero starts, 0.5M tokens a step by accumulation, T, task and tokenizer of the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lg, "position_wise", functools.partial(lg.position_wise, windows=64))
+    monkeypatch.setattr(train, "LARGE", 0)
+    monkeypatch.setattr(train, "TOKENS_LARGE", 256)
+    make_model("mamba2", vocab_size=286, ngroups=1).float().save_pretrained(
+        "mamba2-130m", dtype=torch.float16
+    )
+    make_tokenizer(tmp_path / "mamba2-130m")
+    (tmp_path / "text.txt").write_text("a test of text " * 200)
+    options = "--init mamba2-130m --intervention state_passing --data text.txt --T 16 --steps 2 --device cpu"
+    train.main(options.split())
+    saved = lg.load_checkpoint("runs/mamba2-130m-text-state_passing-s0")
+    wanted = dict(batch=8, accumulate=2, zero_prob=0.0, lr=5e-5, task="text", steps=2, T=16)
+    assert {key: saved["settings"][key] for key in wanted} == wanted
+    assert os.path.samefile(saved["settings"]["tokenizer"], "mamba2-130m")
+    assert saved["config"]["recompute"] and saved["config"]["torch_dtype"] == "float16"
+    lg.LanguageModel.from_checkpoint(saved).save_pretrained("out")
+    assert lg.load_checkpoint("out")["config"]["torch_dtype"] == "float16"
+
+    # its runs go on as it did
+    train.main(
+        "--init runs/mamba2-130m-text-state_passing-s0 --intervention tbtt --data text.txt --steps 1".split()
+    )
+    again = lg.load_checkpoint("runs/mamba2-130m-text-tbtt-s0")
+    for key in wanted.keys() - {"steps"} | {"tokenizer", "name"}:
+        assert again["settings"][key] == saved["settings"][key]
+    assert lg.load_checkpoint("mamba2-130m")["settings"]["T"] == 2048
 
 
 class Hub(http.server.SimpleHTTPRequestHandler):

@@ -83,6 +83,20 @@ def test_chunks_and_definition_give_the_same_model(name):
     assert (chunked(tokens)[0] - recurrent(tokens)[0]).abs().max() < EXACT
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_computing_layers_again_in_the_backward_pass_changes_nothing(name):
+    model, again = make_model(name), make_model(name, recompute=True)
+    tokens, start = torch.randint(0, 11, (2, 20)), random_state(model, 2)
+
+    def gradients(model):
+        logits, state = model(tokens, start)
+        loss = logits.square().sum() + sum(x.square().sum() for x in tensors(state))
+        return torch.autograd.grad(loss, [*model.parameters(), *tensors(start)])
+
+    for x, y in zip(gradients(model), gradients(again), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_the_mamba2_layer_is_the_published_formula():
     """One layer step by step, straight from the equations; 2 groups, so the gated norm is per group."""
     model = make_model("mamba2", n_layer=1)
