@@ -694,6 +694,8 @@ def load_checkpoint(name_or_folder):
     config = check_weights(config, weights, file)
     dtype = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()})
     config.torch_dtype = str(dtype).removeprefix("torch.")
+    if config.tie_embeddings:
+        del weights["lm_head.weight"]
     # one by one, so that at no time there are two copies in memory
     weights = {x: weights.pop(x).to(torch.float32, copy=True) for x in list(weights)}
     if config.tie_embeddings:
