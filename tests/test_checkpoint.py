@@ -184,6 +184,21 @@ def test_flash_linear_attention_loads_what_is_saved_here_and_back(tmp_path):
     assert all(torch.equal(x, back.state_dict()[name]) for name, x in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "settings, pad, tied",
+    [
+        (dict(d_model=8, ssm_cfg=dict(layer="Mamba2")), 8, True),
+        (dict(d_model=8), 8, True),
+        (dict(model_type="mamba2", hidden_size=8), 1, False),
+        (dict(model_type="mamba", hidden_size=8), 1, True),
+        (dict(model_type="gla", hidden_size=8), 1, False),
+    ],
+)
+def test_a_setting_left_out_means_what_it_means_in_that_library(settings, pad, tied):
+    config = lg.ModelConfig(**lg.foreign_config(settings, "config.json"))
+    assert (config.pad_vocab_size_multiple, config.tie_embeddings) == (pad, tied)
+
+
 OURS = {
     "mamba2": dict(pad_vocab_size_multiple=16),
     "mamba1": dict(tie_embeddings=False),
