@@ -1250,12 +1250,13 @@ def position_edges(T, windows, inside):
 STREAM_ROWS, STREAM_TOKENS = 64, 64 * 200
 
 
-def position_wise(model, task_name, corpus, T, windows=64, rows=256, seed=0):
+def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0):
     """Loss by position on streams of validation text from a zero state (the paper's position-wise figure).
 
     Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, per range of edges.
     """
     task, _, parts = TASKS[task_name]
+    rows = rows or max(1, min(256, 2**22 // (T * windows)))  # 4M tokens are enough
     edges = position_edges(T, windows, inside=len(parts) == 1)
     where = np.searchsorted(edges, np.arange(T * windows), side="right") - 1
     total, count = 0, 0

@@ -417,8 +417,7 @@ def finished(folder):
 
 def measure(model, folder, task, T, corpus):
     """Position-wise loss, kept beside the checkpoint in `folder` (None: not kept)."""
-    rows = max(1, min(256, 2**22 // (64 * T)))  # 4M tokens are enough
-    measured = lg.position_wise(model, task, corpus, T, rows=rows)
+    measured = lg.position_wise(model, task, corpus, T)
     if folder and rank() == 0:
         write_json(os.path.join(folder, "position_wise.json"), measured)
     return measured

@@ -406,7 +406,7 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path):
 def test_official_sizes_are_post_trained_as_in_the_paper(tmp_path, monkeypatch):
     """No zero starts, 0.5M tokens a step by accumulation, T, task and tokenizer of the checkpoint."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lg, "position_wise", functools.partial(lg.position_wise, windows=64))
+    monkeypatch.setattr(lg, "position_wise", functools.partial(lg.position_wise, rows=2))
     monkeypatch.setattr(train, "LARGE", 0)
     monkeypatch.setattr(train, "TOKENS_LARGE", 256)
     make_model("mamba2", vocab_size=286, ngroups=1).float().save_pretrained(
