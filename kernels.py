@@ -147,12 +147,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     else:
         b_ = b.transpose(3, 4)  # (B, n, G, R, L)
         # mask the exponent, then exponentiate: the other order gives inf * 0 = nan in the gradient
-        past = torch.ones(L, L, dtype=torch.bool, device=q.device).tril(-1)
-        masked = torch.full((L, L), -math.inf, dtype=dtype, device=q.device).triu(
-            1
-        )  # 0 at s = t, -inf at s > t
-        decay = torch.where(past, b_[..., :, None] - b_[..., None, :], masked).exp()
-        scores = (q @ k.transpose(-1, -2))[:, :, :, None] * decay  # (B, n, G, R, L, L)
+        decay = (b_[..., :, None] - b_[..., None, :]).tril(-1).exp()
+        scores = (q @ k.transpose(-1, -2)).tril()[:, :, :, None] * decay  # (B, n, G, R, L, L)
         q_in, k_out = q, k
         v_out = v * to_end.exp()[..., None]
         keep = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, R, 1)
@@ -163,10 +159,9 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         entering.append(S)
         S = torch.addcmul(added_i, keep_i, S)
     before = (q_in @ torch.stack(entering, 1).flatten(4)).unflatten(4, (R, V))  # (B, n, G, L, R, V)
-    if not vector:
-        before = before * b.exp()[..., None]
     inside = (scores @ v.transpose(3, 4)).transpose(3, 4)
-    o = (inside + before).transpose(2, 3).reshape(B, n * L, H, V)[:, pad:]
+    o = inside + before if vector else torch.addcmul(inside, before, b.exp()[..., None])
+    o = o.transpose(2, 3).reshape(B, n * L, H, V)[:, pad:]
     return o.to(out_dtype), S.transpose(2, 3).reshape(B, H, K, V)
 
 
@@ -370,9 +365,8 @@ def _chain(k, v, b, state, tile, decay, reverse=False):
     enter, leave, first, last = (after, before, -1, 0) if reverse else (before, after, 0, -1)
     _call(k, k, v, b, _zeros(k, *enter.shape), tile, decay, reverse, leave=leave)
     b_L = torch.cat([b[:, chunk - 1 : T - 1 : chunk], b[:, T - 1 :]], 1)  # at the end of each chunk
-    a = torch.stack(
-        [x.sum(1).exp2() for x in b_L.split(segment // chunk, 1)], 1
-    )  # each segment's whole decay
+    # each segment's whole decay
+    a = torch.stack([x.sum(1).exp2() for x in b_L.split(segment // chunk, 1)], 1)
     a = a.repeat_interleave(H // b.shape[2], 2)[..., None]
     a = a[..., None] if decay == "scalar" else a
     edges[:, first] = state

@@ -136,7 +136,7 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt + self.dt_bias)  # float32 even where autocast computes in bfloat16
         v = (dt[..., None] * x).to(x.dtype)
         o, S = scan(q, k, v, -dt * self.A_log.exp(), state.scan, self.backend)
-        y = (o + self.D[:, None] * x).flatten(-2) * F.silu(z)
+        y = torch.addcmul(o, self.D[:, None], x).flatten(-2) * F.silu(z)
         # the gated norm runs over each group's channels
         y = F.rms_norm(y.unflatten(-1, (self.G, -1)), (self.d_inner // self.G,), eps=self.norm_eps)
         y = y.flatten(-2) * self.norm.weight
@@ -149,7 +149,7 @@ def causal_conv(x, weight, bias):
     As a 2-d convolution of height 1, because channels-last 2-d convolutions are several times faster on CPUs.
     """
     y = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, groups=weight.shape[0])
-    return y[:, :, 0].transpose(1, 2)
+    return y.squeeze(2).transpose(1, 2)  # the gradient of y[:, :, 0] would fill a tensor with zeros
 
 
 class GLA(nn.Module):
@@ -471,7 +471,8 @@ BYTES = tiktoken.Encoding(  # one token per byte of UTF-8; the pieces only bound
     mergeable_ranks={bytes([i]): i for i in range(256)},
     special_tokens={},
 )
-MANY_DOCUMENTS = 20  # from here on whole documents are held out, below it the last tenth of each
+# From here on a twentieth of the documents is held out, below it (where that may be none) a tenth of each
+MANY_DOCUMENTS = 200
 
 
 @dataclass
@@ -506,13 +507,13 @@ def load_corpus(paths=None, tokenizer="bytes"):
     if paths and any(p.endswith(".bin") for p in paths):
         return _load_bin(paths)
     encoding = BYTES if tokenizer == "bytes" else _named_encoding(tokenizer)
-    documents = dict(sorted(_read_documents(paths)))  # key -> text
-    documents = {text: key for key, text in documents.items() if text}  # equal files once
+    documents = {text: key for key, text in sorted(_read_documents(paths)) if text}  # equal files once
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {paths or 'the standard library'}")
     splits = {"train": [], "val": []}
     for text, key in documents.items():
-        tokens = encoding.encode_to_numpy(text).astype(np.uint32)
+        # a text that spells a special token, as pages about language models do, is text
+        tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
         if len(documents) >= MANY_DOCUMENTS:
             splits["val" if zlib.crc32(key.encode()) % 20 == 0 else "train"].append(tokens)
         else:
@@ -540,25 +541,35 @@ def _named_encoding(name):
 
 def _read_documents(paths):
     """Yield (key, text); the key is relative, so that a file is held out on every machine or on none."""
-    root = "" if paths else sysconfig.get_paths()["stdlib"]
-    for path in paths or [os.path.join(root, "**", "*.py")]:
-        path = os.path.join(path, "**", "*") if os.path.isdir(path) else path
-        files = [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)]
+    library = glob.escape(sysconfig.get_paths()["stdlib"])
+    for path in paths or [os.path.join(library, "**", "*.py")]:
+        if os.path.isfile(path):
+            files, root = [path], os.path.dirname(path)
+        elif os.path.isdir(path):
+            files, root = glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True), path
+        else:
+            files, root = glob.glob(path, recursive=True), os.path.dirname(re.split(r"[*?[]", path)[0])
+        files = [f for f in files if os.path.isfile(f)]
         if not files:
             raise ValueError(f"no text at {path!r}, give an existing file, folder or glob")
         for file in files:
-            key = os.path.relpath(file, root) if root else file
-            if root and ("site-packages" in key or "dist-packages" in key):
+            key = os.path.relpath(file, root or ".").replace(os.sep, "/")
+            if not paths and ("site-packages" in key or "dist-packages" in key):
                 continue
             with open(file, encoding="utf-8", errors="replace") as f:
                 if file.endswith(".jsonl"):
                     for i, line in enumerate(f):
-                        try:
-                            yield f"{key}:{i:09d}", json.loads(line)["text"]
-                        except (ValueError, KeyError, TypeError):
-                            raise ValueError(f'{file} line {i + 1} is no JSON object with a "text"') from None
+                        yield f"{key}:{i:09d}", _text_field(line, f"{file} line {i + 1}")
                 else:
                     yield key, f.read()
+
+
+def _text_field(line, where):
+    """The "text" of a line of .jsonl; halves of a surrogate pair, which JSON can spell, become "?"."""
+    try:
+        return json.loads(line)["text"].encode(errors="replace").decode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{where} is no JSON object with a "text"') from None
 
 
 def _load_bin(paths):
@@ -566,9 +577,12 @@ def _load_bin(paths):
         raise ValueError(f"a .bin of tokens stands alone, got {len(paths)} paths")
     if not os.path.isfile(paths[0]):
         raise ValueError(f"no tokens at {paths[0]!r}, give an existing .bin of uint16")
-    tokens = np.memmap(paths[0], dtype=np.uint16, mode="r") if os.path.getsize(paths[0]) else np.zeros(0)
-    if not len(tokens):
+    size = os.path.getsize(paths[0])
+    if size == 0:
         raise ValueError(f"the corpus is empty: no tokens in {paths[0]}")
+    if size % 2:
+        raise ValueError(f"{paths[0]} has {size} bytes, an odd number, so it is no .bin of uint16")
+    tokens = np.memmap(paths[0], dtype=np.uint16, mode="r")
     cut = len(tokens) - len(tokens) // 10
     return Corpus(paths[0], tokens[:cut], tokens[cut:], int(tokens.max()) + 1)
 
@@ -666,8 +680,10 @@ def echo_windows(rows, T):
 
     Models trained on it see one episode follow another. Continuing rows (streams) are cut at whole episodes.
     """
-    if T % EPISODES:
-        raise ValueError(f"echo_windows needs a T that {EPISODES} divides, got {T}")
+    if T % (2 * EPISODES) or T < 4 * EPISODES:  # every episode an even number of tokens, at least 4
+        raise ValueError(
+            f"echo_windows needs a T of at least {4 * EPISODES} that {2 * EPISODES} divides, got {T}"
+        )
     short = T // EPISODES
     if rows.continues:
         return stream(echo, rows, short, EPISODES)
@@ -686,6 +702,8 @@ def copy(rows, T, shortest=5, longest=20):
     Every window starts a new string, its last one is cut off: rows that continue carry only their state.
     T = 2n + 3 and shortest = longest = n make one string of n letters.
     """
+    if T < 43:  # else a window could hold nothing to copy, and a loss over nothing is no number
+        raise ValueError(f"copy needs a T of at least 43, the longest string and its copy, got {T}")
     tokens = np.full((rows.B, T + 1), ord("$"), dtype=np.int64)
     part = np.zeros((rows.B, T), dtype=np.int8)
     for b in range(rows.B):

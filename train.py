@@ -33,7 +33,7 @@ TINY = {  # models that learn echo on a laptop in minutes
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
 }
 PRETRAIN = dict(steps=1400, lr=3e-3)
-POSTTRAIN = dict(steps=300, lr=1e-3)
+POSTTRAIN = dict(steps=500, lr=1e-3)
 FINAL_LR, WEIGHT_DECAY, BETAS, CLIP = 1e-5, 0.01, (0.9, 0.95), 1.0  # the paper's
 SAVE_EVERY = 100  # steps
 
@@ -81,17 +81,24 @@ def parse_arguments(argv):
         help="state handed over: with or without convolution",
     )
     p.add_argument(
-        "--zero-prob", type=float, default=0.1, help="probability that a row starts from zeros all the same"
+        "--zero-prob", type=float, default=0.5, help="probability that a row starts from zeros all the same"
     )
     p.add_argument("--noise-std", type=float, default=0.1, help="standard deviation of random_noise")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs", help="folder of the runs")
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile the model: a minute to start, then faster"
+    )
     p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     args = p.parse_args(argv)
     for name in ("T", "steps", "batch", "accumulate", "lr"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # so that NaN is refused too
             raise ValueError(f"--{name} must be positive, got {value}")
+    if args.init and not args.intervention:
+        raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
+    if not args.noise_std >= 0:
+        raise ValueError(f"--noise-std must not be negative, got {args.noise_std}")
     if not 0 <= args.zero_prob <= 1:
         raise ValueError(f"--zero-prob must lie between 0 and 1, got {args.zero_prob}")
     return args
@@ -172,8 +179,12 @@ def write_json(path, value):
 
 
 def train(model, corpus, settings, folder, device):
-    """Train `model` in place as `settings` say, writing to `folder`; goes on where an equal run stopped."""
+    """Train `model` in place as `settings` say, writing to `folder`; goes on where an equal run stopped.
+
+    A finished run is only loaded. A folder that holds another run is left alone: ValueError.
+    """
     s = settings
+    make_folder(folder)
     task, _, _ = lg.TASKS[s["task"]]
     function, continues = lg.INTERVENTIONS[s["intervention"]]
     if s["intervention"] == "random_noise":
@@ -187,15 +198,24 @@ def train(model, corpus, settings, folder, device):
     checkpoint_file, metrics_file = (os.path.join(folder, f) for f in (lg.CHECKPOINT, "metrics.jsonl"))
     if os.path.exists(checkpoint_file):
         saved = lg.load_checkpoint(checkpoint_file)
-        if saved["settings"] == s and saved["step"] < s["steps"]:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            step, mine = saved["step"], saved["ranks"][rank()]
-            state = lg.map_state(lambda x: x.to(device), [lg.LayerState(*x) for x in mine["state"]])
-            stats.load_state_dict(mine["stats"], device)
-            rows.load_state_dict(mine["rows"])
-            noise_rng.set_state(mine["noise_rng"])
-            say(f"{folder}: goes on at step {step}, where the same run was stopped")
+        for key, value in s.items():
+            if saved["settings"].get(key) != value:
+                raise ValueError(
+                    f"{folder} holds a run with {key} {saved['settings'].get(key)!r}, not {value!r}: "
+                    "choose another --out or remove it"
+                )
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, mine = saved["step"], saved["ranks"][rank()]
+        if step == s["steps"]:
+            say(f"{folder}: found, all {step} steps")
+            return
+        state = lg.map_state(lambda x: x.to(device), [lg.LayerState(*x) for x in mine["state"]])
+        stats.load_state_dict(mine["stats"], device)
+        rows.load_state_dict(mine["rows"])
+        noise_rng.set_state(mine["noise_rng"])
+        say(f"{folder}: goes on at step {step}, where the same run was stopped")
+    saved_step = step
 
     def save():
         mine = dict(
@@ -216,20 +236,18 @@ def train(model, corpus, settings, folder, device):
             write_atomically(checkpoint_file, functools.partial(torch.save, checkpoint))
 
     if rank() == 0:
-        os.makedirs(folder, exist_ok=True)
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
         write_json(os.path.join(folder, "settings.json"), dict(s, command=sys.argv, versions=versions))
         kept = []
-        if step:
+        if step and os.path.exists(metrics_file):
             with open(metrics_file) as f:
-                kept = [line for line in f if json.loads(line)["step"] <= step]
+                kept = f.readlines()[:step]  # one line a step; the last may have been cut off
         with open(metrics_file, "w") as f:
             f.writelines(kept)
     run = torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    run = torch.compile(run) if s["compile"] else run
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    tokens_per_step = (
-        s["batch"] * s["T"] * s["accumulate"] * (dist.get_world_size() if dist.is_initialized() else 1)
-    )
+    tokens_per_step = s["batch"] * s["T"] * s["accumulate"] * s["ranks"]
     started, first = time.time(), step
     while step < s["steps"]:
         for group in optimizer.param_groups:
@@ -243,13 +261,16 @@ def train(model, corpus, settings, folder, device):
             loss.backward()
             step_loss += loss.detach()
             state = lg.next_initial_state(function, final, stats, noise_rng, s["zero_prob"], s["carry"])
-        step_loss = step_loss.item()
-        if not math.isfinite(step_loss):
+        if dist.is_initialized():  # so that all ranks report the same and stop together
+            dist.all_reduce(step_loss)
+        step_loss = step_loss.item() / s["ranks"]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+        if not (math.isfinite(step_loss) and math.isfinite(norm)):
+            kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
             raise FloatingPointError(
-                f"the loss became {step_loss} at step {step}; the last good checkpoint is kept in {folder}: "
-                f"try a smaller --lr than {s['lr']} or another --seed"
+                f"the loss became {step_loss} and its gradient {norm} in step {step + 1}, {kept} in "
+                f"{folder}: try a smaller --lr than {s['lr']} or another --seed"
             )
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -268,6 +289,7 @@ def train(model, corpus, settings, folder, device):
             )
         if step % SAVE_EVERY == 0 or step == s["steps"]:
             save()
+            saved_step = step
 
 
 def clock(seconds):
@@ -281,6 +303,7 @@ def by_octave(measured, part):
     """Mean loss (nats) per range of OCTAVES, from a result of lengthgen.position_wise."""
     T, edges = measured["T"], measured["edges"]
     loss, count = (np.array(measured["parts"][part][x]) for x in ("loss", "count"))
+    loss = np.where(count > 0, loss, 0)  # a range below T may hold no target: that is no reason for NaN
     where = np.searchsorted(np.array(OCTAVES[1:]) * T, edges[:-1], side="right")
     return [
         float((loss * count)[where == i].sum() / count[where == i].sum()) for i in range(len(OCTAVES) - 1)
@@ -402,8 +425,9 @@ def main(argv=None, corpus=None):
         os.path.join(args.out, f"{model_name}-{task}-{kind}-s{args.seed}") for kind in ("base", name)
     )
     common = dict(
-        task=task, T=T, data=corpus.name, batch=args.batch, accumulate=args.accumulate, seed=args.seed
-    )
+        task=task, T=T, data=corpus.name, batch=args.batch, accumulate=args.accumulate, seed=args.seed,
+        ranks=dist.get_world_size() if dist.is_initialized() else 1, compile=args.compile,
+    )  # fmt: skip
 
     # the base: given, found, or trained from zero states
     base = init or finished(base_folder)
@@ -459,7 +483,7 @@ def recipe(defaults, args):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:

@@ -1,0 +1,454 @@
+"""Training from the command line: every choice runs, stops, goes on and fails the way train.py says."""
+
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import lengthgen as lg
+import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLOAT32 = 1e-5  # float32 losses of windows against those of the uncut stream
+RANKS = 1e-4  # weights after 3 steps of 1e-3: the order of additions, which AdamW's division magnifies
+FILES = ["checkpoint.pt", "metrics.jsonl", "position_wise.json", "position_wise.png", "settings.json"]
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """Makes training a matter of milliseconds; a folder with a text and a place for the runs."""
+    monkeypatch.setattr(lg, "position_wise", functools.partial(lg.position_wise, rows=2))
+    monkeypatch.setitem(train.PRETRAIN, "steps", 2)
+    monkeypatch.setitem(train.TINY, "mamba2", dict(d_model=8, n_layer=2, d_state=4, headdim=8))
+    monkeypatch.setitem(train.TINY, "gla", dict(d_model=8, n_layer=2, num_heads=2))
+    monkeypatch.chdir(tmp_path)
+    words = np.random.default_rng(0).choice("one two three four five six seven".split(), 1000)
+    pathlib.Path("text.txt").write_text(" ".join(words))
+    return tmp_path / "runs"
+
+
+def run(*options, T=8, steps=3):
+    train.main(f"--data text.txt --T {T} --steps {steps} --batch 2".split() + [str(x) for x in options])
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def same(a, b):
+    """Equal bit for bit, whatever is in it."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Stopped(Exception):
+    """Stands for a power cut."""
+
+
+def stop_after(monkeypatch, step, steps, save_every):
+    """The next run dies after `step`, past the checkpoint at a multiple of save_every."""
+    monkeypatch.setattr(train, "SAVE_EVERY", save_every)
+    say = train.say
+
+    def stopping(message):
+        if message.startswith(f"  step {step:5}/{steps} "):
+            monkeypatch.setattr(train, "say", say)
+            raise Stopped
+        say(message)
+
+    monkeypatch.setattr(train, "say", stopping)
+
+
+# --------------------------------------------------------------------------------------------------
+# It runs
+
+
+@pytest.mark.parametrize("model", train.TINY)
+def test_every_intervention_trains_every_model_and_fills_its_folder(model, out, capsys):
+    for name in lg.INTERVENTIONS:
+        run("--intervention", name, "--model", model)
+        folder = out / f"{model}-echo-{name}-s0"
+        assert sorted(os.listdir(folder)) == FILES
+        lines = metrics(folder)
+        assert [line["step"] for line in lines] == [1, 2, 3]
+        assert all(math.isfinite(line["loss"]) for line in lines)
+        assert [line["tokens"] for line in lines] == [16, 32, 48]
+        settings = json.loads((folder / "settings.json").read_text())
+        assert settings["intervention"] == name and settings["versions"]["torch"] == torch.__version__
+        measured = json.loads((folder / "position_wise.json").read_text())
+        assert measured["edges"][-1] == 64 * 8 and list(measured["parts"]) == ["text", "echo"]
+        printed = capsys.readouterr().out
+        assert f"text  {name}" in printed and "echo  base" in printed and "step     3/3  100%" in printed
+        assert "time left" in printed or " left" in printed
+    assert sorted(os.listdir(out / f"{model}-echo-base-s0")) == [f for f in FILES if not f.endswith("png")]
+
+
+def test_interventions_lead_to_different_weights(out):
+    weights = {}
+    for name in lg.INTERVENTIONS:
+        for carry in ("full", "scan"):
+            run("--intervention", name, "--carry", carry, "--noise-std", 1)
+            folder = out / f"mamba2-echo-{name}{'-scan' if carry == 'scan' else ''}-s0"
+            weights[name, carry] = lg.load_checkpoint(folder)["model"]["backbone.embedding.weight"]
+    for a in weights:
+        for b in weights:
+            equal = a == b or {a, b} == {("zero", "full"), ("zero", "scan")}
+            assert torch.equal(weights[a], weights[b]) == equal, (a, b)
+
+
+@pytest.mark.parametrize("task, T", [("text", 8), ("copy", 43), ("echo_windows", 16)])
+def test_every_task_trains_and_is_measured(task, T, out):
+    run("--intervention", "tbtt", "--task", task, "--accumulate", 2, T=T)
+    folder = out / f"mamba2-{task}-tbtt-s0"
+    assert sorted(os.listdir(folder)) == FILES and len(metrics(folder)) == 3
+    measured = json.loads((folder / "position_wise.json").read_text())
+    assert list(measured["parts"]) == list(lg.TASKS[task][2])
+    for part in measured["parts"]:
+        assert all(math.isfinite(x) for x in train.by_octave(measured, part))
+
+
+def test_without_an_intervention_only_the_base_is_made(out):
+    run()
+    assert os.listdir(out) == ["mamba2-echo-base-s0"]
+    assert sorted(os.listdir(out / "mamba2-echo-base-s0")) == FILES
+    saved = lg.load_checkpoint(out / "mamba2-echo-base-s0")
+    assert saved["settings"]["intervention"] == "zero" and saved["step"] == 3
+
+
+def test_init_starts_from_the_weights_T_and_task_of_a_checkpoint(out, monkeypatch):
+    run("--task", "text", "--out", out / "first", T=12)
+    base = out / "first" / "mamba2-text-base-s0"
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 0.0)
+    train.main(f"--data text.txt --steps 2 --batch 2 --intervention zero --init {base} --out {out}".split())
+    saved = lg.load_checkpoint(out / "mamba2-text-zero-s0")
+    assert (saved["settings"]["T"], saved["settings"]["task"]) == (12, "text")
+    assert same(saved["model"], lg.load_checkpoint(base)["model"])
+    assert sorted(os.listdir(out)) == ["first", "mamba2-text-zero-s0"]  # no base of its own
+
+
+def test_tbtt_trains_on_the_uncut_stream(out, monkeypatch):
+    """With the weights held still, the losses in metrics.jsonl are those of one long forward pass."""
+    monkeypatch.setattr(train, "learning_rate", lambda *_: 0.0)
+    options = ["--intervention", "tbtt", "--task", "text", "--zero-prob", 0, "--accumulate", 2]
+    run(*options, T=8, steps=5)
+    model = lg.LanguageModel.from_pretrained(out / "mamba2-text-tbtt-s0").double()
+    rows = lg.Rows(lg.load_corpus(["text.txt"]), "train", 2, True, seed=0)
+    tokens = torch.from_numpy(lg.stream(lg.text, rows, 8, 10)[0])
+    with torch.no_grad():
+        log_p = model(tokens[:, :-1])[0].log_softmax(-1)
+    losses = -log_p.gather(-1, tokens[:, 1:, None]).view(2, 5, 16).mean((0, 2))
+    for line, loss in zip(metrics(out / "mamba2-text-tbtt-s0"), losses, strict=True):
+        assert abs(line["loss"] - loss) < FLOAT32
+
+
+def test_the_learning_rate_warms_up_over_a_tenth_then_falls_as_a_cosine():
+    rates = [train.learning_rate(step, 500, 1e-3) for step in range(500)]
+    for step in range(50):
+        assert rates[step] == pytest.approx(1e-3 * (step + 1) / 50)
+    assert max(rates) == rates[49] == rates[50] == 1e-3
+    assert rates[50 + 225] == pytest.approx((1e-3 + 1e-5) / 2)  # half-way
+    assert all(a > b for a, b in itertools.pairwise(rates[50:]))
+    assert 1e-5 < rates[-1] < 1.1e-5
+    assert train.learning_rate(0, 1, 1e-3) == 1e-3
+
+
+def test_the_learning_rate_is_that_of_the_schedule(out):
+    run("--lr", 1e-3, steps=20)
+    wanted = [train.learning_rate(step, 20, 1e-3) for step in range(20)]
+    assert [line["lr"] for line in metrics(out / "mamba2-echo-base-s0")] == wanted
+
+
+@pytest.mark.parametrize("model", train.TINY)
+def test_norms_biases_and_the_vectors_of_the_recurrence_do_not_decay(model, out):
+    config = lg.ModelConfig(layer=model, vocab_size=258, **train.TINY[model])
+    model = lg.LanguageModel(config)
+    groups = train.make_optimizer(model).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        free = "norm" in name or name.endswith(("bias", "A_log", ".D"))
+        assert decay[id(p)] == (0 if free else train.WEIGHT_DECAY), name
+
+
+# --------------------------------------------------------------------------------------------------
+# It stops and goes on
+
+
+@pytest.mark.parametrize("name", [*lg.INTERVENTIONS, None])
+def test_twenty_steps_are_ten_and_a_stop_and_ten_bit_for_bit(name, out, monkeypatch):
+    options = ["--accumulate", 2, "--zero-prob", 0.3, "--carry", "scan" if name == "tbtt" else "full"]
+    options += ["--intervention", name] if name else []
+    options += ["--model", "gla"] if name == "fitted_noise" else []
+    monkeypatch.setattr(train, "SAVE_EVERY", 10)
+    run(*options, "--out", out / "a", steps=20)
+    stop_after(monkeypatch, 15, 20, save_every=10)
+    with pytest.raises(Stopped):
+        run(*options, "--out", out / "b", steps=20)
+    folder = next(p.name for p in (out / "a").iterdir() if p.name.endswith("base-s0") != bool(name))
+    assert lg.load_checkpoint(out / "b" / folder)["step"] == 10
+    assert len(metrics(out / "b" / folder)) == 15  # five of them will be made again
+    with open(out / "b" / folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 16, "lo')  # the power went in the middle of a line
+    run(*options, "--out", out / "b", steps=20)
+    a, b = (lg.load_checkpoint(out / x / folder) for x in "ab")
+    for key in ("config", "step", "model", "optimizer", "ranks"):
+        assert same(a[key], b[key]), key
+    assert a["step"] == 20 and a["ranks"][0]["stats"]["count"] == 40
+    losses = [[line["loss"] for line in metrics(out / x / folder)] for x in "ab"]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_a_finished_run_is_found_and_not_repeated(out, monkeypatch, capsys):
+    run("--intervention", "tbtt")
+    folders = [out / "mamba2-echo-base-s0", out / "mamba2-echo-tbtt-s0"]
+    kept = ["checkpoint.pt", "metrics.jsonl", "settings.json"]
+    before = [(folder / f).read_bytes() for folder in folders for f in kept]
+    first = capsys.readouterr().out
+
+    def no_training(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(lg, "masked_loss", no_training)
+    run("--intervention", "tbtt")
+    assert before == [(folder / f).read_bytes() for folder in folders for f in kept]
+    second = capsys.readouterr().out
+    table = [line for line in first.splitlines() if line.startswith(("text ", "echo "))]
+    assert table == [line for line in second.splitlines() if line.startswith(("text ", "echo "))]
+    assert len(table) == 4
+
+
+def test_another_run_in_the_folder_is_not_written_over(out, monkeypatch):
+    run("--intervention", "tbtt")
+    stop_after(monkeypatch, 3, 3, save_every=2)
+    with pytest.raises(Stopped):
+        run("--intervention", "zero")
+    before = snapshot(out)
+    for options, steps, message in (
+        (["--intervention", "tbtt"], 4, "tbtt-s0 holds a run with steps 3, not 4: choose another --out"),
+        (["--intervention", "zero", "--lr", 5], 3, "zero-s0 holds a run with lr 0.001, not 5.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*options, steps=steps)
+    with pytest.raises(ValueError, match="base-s0 was made with T 8, not 10: choose another --out"):
+        run("--intervention", "zero", T=10)
+    results = {p: x for p, x in snapshot(out).items() if p.name != "position_wise.json"}
+    assert results == {p: x for p, x in before.items() if p.name != "position_wise.json"}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
+    where, out, monkeypatch
+):
+    """At a step that would have saved the spoilt weights."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 5)
+    masked_loss, calls = lg.masked_loss, []
+
+    def spoilt(*inputs):
+        calls.append(1)
+        loss = masked_loss(*inputs)
+        if len(calls) == 10:
+            if where == "loss":
+                return loss * math.nan
+            loss.register_hook(lambda g: g * math.inf)
+        return loss
+
+    monkeypatch.setattr(lg, "masked_loss", spoilt)
+    with pytest.raises(FloatingPointError, match=r"nan.* in step 10, the checkpoint of step 5 is kept in"):
+        run(steps=20)
+    saved = lg.load_checkpoint(out / "mamba2-echo-base-s0")
+    assert saved["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())
+    assert len(metrics(out / "mamba2-echo-base-s0")) == 9
+
+
+# --------------------------------------------------------------------------------------------------
+# It refuses
+
+
+def command(monkeypatch, capsys, arguments):
+    """Exit code, stdout and stderr of `python train.py arguments`, without starting another Python."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return exit.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--intervention magic", "argument --intervention: invalid choice: 'magic'"),
+        ("--model transformer", "argument --model: invalid choice: 'transformer'"),
+        ("--task magic", "argument --task: invalid choice: 'magic'"),
+        ("--carry half", "argument --carry: invalid choice: 'half'"),
+        ("--magic", "unrecognized arguments: --magic"),
+        ("--T 0", "--T must be positive, got 0"),
+        ("--T -8", "--T must be positive, got -8"),
+        ("--T eight", "argument --T: invalid int value: 'eight'"),
+        ("--T 9", "echo needs an even T of at least 4, got 9"),
+        ("--steps 0", "--steps must be positive, got 0"),
+        ("--batch 0", "--batch must be positive, got 0"),
+        ("--accumulate -1", "--accumulate must be positive, got -1"),
+        ("--lr 0", "--lr must be positive, got 0.0"),
+        ("--lr nan", "--lr must be positive, got nan"),
+        ("--noise-std -1", "--noise-std must not be negative, got -1.0"),
+        ("--zero-prob 1.5", "--zero-prob must lie between 0 and 1, got 1.5"),
+        ("--zero-prob nan", "--zero-prob must lie between 0 and 1, got nan"),
+        ("--data nowhere.txt", "no text at 'nowhere.txt'"),
+        ("--data empty.txt", "the corpus is empty: no text in ['empty.txt']"),
+        ("--data short.txt --task text", "the text has 10 tokens, shorter than the 51 that are needed"),
+        ("--data short.txt", "the text has 10 tokens, shorter than the 24 that are needed"),
+        ("--tokenizer magic", "unknown tokenizer 'magic'"),
+        ("--device magic", "device 'magic' cannot be used here"),
+        ("--out text.txt", "the folder 'text.txt' cannot be written to: File exists"),
+        ("--out text.txt/below", "the folder 'text.txt/below' cannot be written to: Not a directory"),
+        ("--out file", "the folder 'file/mamba2-echo-base-s0' cannot be written to: File exists"),
+        ("--out corrupt", "'corrupt/mamba2-echo-base-s0/checkpoint.pt' is not a checkpoint of train.py"),
+        ("--init nowhere --intervention zero", "no checkpoint at 'nowhere'"),
+        ("--init text.txt --intervention zero", "'text.txt' is not a checkpoint of train.py"),
+        ("--init nowhere", "--init needs an --intervention to go on with"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2_and_nothing_is_written(
+    arguments, message, out, monkeypatch, capsys
+):
+    pathlib.Path("empty.txt").write_text("")
+    pathlib.Path("short.txt").write_text("123456789 ")
+    for folder in ("corrupt/mamba2-echo-base-s0", "file"):
+        os.makedirs(folder)
+    pathlib.Path("file/mamba2-echo-base-s0").write_text("in the way")
+    pathlib.Path("corrupt/mamba2-echo-base-s0/checkpoint.pt").write_bytes(b"PK\x03\x04 cut off")
+    before = snapshot(out.parent)
+    if "--T" not in arguments and "text" not in arguments and "short" not in arguments:
+        arguments = "--T 50 " + arguments
+    if "--data" not in arguments:
+        arguments = "--data text.txt " + arguments
+    if "--task text" in arguments:
+        arguments += " --T 50"
+    code, _, error = command(monkeypatch, capsys, arguments)
+    assert code == 2
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert snapshot(out.parent) == {**before, **{out: None for out in [out] if out.exists()}}
+
+
+def test_a_diverging_run_is_one_sentence_and_exit_code_1(out, monkeypatch, capsys):
+    code, printed, error = command(monkeypatch, capsys, "--data text.txt --T 4 --batch 2 --steps 5 --lr 1e38")
+    assert code == 1 and "step" in printed
+    assert error.startswith("stopped: the loss became ") and error.count("\n") == 1
+    assert "nothing was saved yet in " in error and "try a smaller --lr than 1e+38" in error
+    assert not (out / "mamba2-echo-base-s0" / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_other_weights_is_one_sentence(out):
+    run()
+    with pytest.raises(ValueError, match="knows 258 tokens, the corpus has 4: choose the --tokenizer"):
+        np.tile(np.array([0, 1], dtype=np.uint16), 500).tofile("a.bin")
+        init = out / "mamba2-echo-base-s0"
+        train.main(f"--data a.bin --intervention zero --init {init} --out {out}/b".split())
+
+
+# --------------------------------------------------------------------------------------------------
+# Several ranks
+
+TWO_RANKS = """
+import functools, sys
+import pytest, torch, torch.distributed as dist
+import lengthgen as lg, train
+from test_train import Stopped, stop_after
+
+lg.position_wise = functools.partial(lg.position_wise, rows=2)
+train.PRETRAIN["steps"] = 3
+train.TINY["mamba2"] = dict(d_model=8, n_layer=2, d_state=4, headdim=8)
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+run = "--data text.txt --task text --T 8 --batch 2 --steps 4 --lr 1e-3 --intervention fitted_noise"
+train.PRETRAIN["lr"] = 1e-3
+train.main([*run.split(), "--out", "a"])
+
+monkeypatch = pytest.MonkeyPatch()
+stop_after(monkeypatch, 3, 4, save_every=2)
+with pytest.raises(Stopped):
+    train.main([*run.split(), "--out", "b"])
+train.main([*run.split(), "--out", "b"])
+
+# statistics are those of the rows of both ranks together
+torch.manual_seed(0)
+both = [lg.LayerState(torch.randn(4, 3, 5), torch.randn(4, 2, 3, 3) + 2)]
+stats = lg.StateStatistics()
+stats.update(lg.map_state(lambda x: x[2 * dist.get_rank() :][:2], both))
+for x, dims in ((both[0].scan, (0, 2, 3)), (both[0].conv, (0, 1))):
+    name = "scan" if x is both[0].scan else "conv"
+    mean, std = getattr(stats.mean[0], name), getattr(stats.std[0], name)
+    assert torch.allclose(mean, x.mean(dims, keepdim=True), atol=1e-5)
+    assert torch.allclose(std, x.std(dims, correction=0, keepdim=True), atol=1e-5)
+destroy()
+"""
+
+
+def test_two_ranks_train_on_the_mean_of_their_gradients_share_statistics_and_go_on(out):
+    pathlib.Path("ranks.py").write_text(TWO_RANKS)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ranks: 2, each with its own rows and states") == 1  # one of them speaks
+
+    # the base is that of a loop over both ranks' rows
+    corpus = lg.load_corpus(["text.txt"])
+    torch.manual_seed(0)
+    config = lg.ModelConfig(vocab_size=258, d_model=8, n_layer=2, d_state=4, headdim=8)
+    model = lg.LanguageModel(config)
+    optimizer = train.make_optimizer(model)
+    rows = [lg.Rows(corpus, "train", 2, False, seed=rank) for rank in (0, 1)]
+    losses = []
+    for step in range(3):
+        loss = 0
+        for some in rows:
+            tokens, part = map(torch.from_numpy, lg.text(some, 8))
+            loss = loss + lg.masked_loss(model(tokens[:, :-1])[0], tokens[:, 1:], part) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, 3, 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    runs = pathlib.Path("a")
+    base = lg.load_checkpoint(runs / "mamba2-text-base-s0")
+    for name, p in model.state_dict().items():
+        assert (p - base["model"][name]).abs().max() < RANKS, name
+    got = [line["loss"] for line in metrics(runs / "mamba2-text-base-s0")]
+    assert np.allclose(got, losses, atol=FLOAT32)
+    assert metrics(runs / "mamba2-text-base-s0")[-1]["tokens"] == 3 * 2 * 2 * 8
+
+    # each rank carries its own rows and states; the statistics are common
+    a, b = (lg.load_checkpoint(f"{x}/mamba2-text-fitted_noise-s0") for x in "ab")
+    first, second = a["ranks"]
+    assert same(first["stats"], second["stats"])
+    assert not same(first["rows"], second["rows"]) and not same(first["state"], second["state"])
+    # and a stop changes no bit
+    for key in ("step", "model", "optimizer", "ranks"):
+        assert same(a[key], b[key]), key
+
+    # one rank cannot go on with the run of two
+    with pytest.raises(ValueError, match="holds a run with ranks 2, not 1"):
+        options = "--task text --T 8 --batch 2 --steps 4 --lr 1e-3 --intervention fitted_noise --out a"
+        train.main(["--data", "text.txt", *options.split()])
