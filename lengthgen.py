@@ -726,16 +726,16 @@ def passkey(rows, T, depth=None):
     """Five digits hidden in filler and asked for at the end, in Landmark Attention's words (2023), in bytes.
 
     <bos>The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass is green. The s
-    part 1 ...                           00000              22222
+    part 0, and 1 on                                        11111
     |What is the pass key? The pass key is 30719<bos>              | marks joints, the filler fills the window
-                                           22222 0
+                                           11111
 
     depth: the share of the filler that comes before the key, None for a place drawn in each row. The task's
     opening line is left out: it is longer than our T.
     """
     check_bytes(rows.corpus)
     tokens = np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64)
-    part = np.ones((rows.B, T), dtype=np.int8)
+    part = np.zeros((rows.B, T), dtype=np.int8)
     for b in range(rows.B):
         key = b"%05d" % int(torch.randint(10**5, (), generator=rows.rng))
         needle = b"The pass key is %b. Remember it. %b is the pass key. " % (key, key)
@@ -747,10 +747,8 @@ def passkey(rows, T, depth=None):
         before = int(torch.randint(n + 1, (), generator=rows.rng)) if depth is None else round(depth * n)
         one = filler[:before] + needle + filler[: n - before] + question
         tokens[b, 1:T] = np.frombuffer(one, dtype=np.uint8)
-        # the target of input t is byte t of `one`
-        for start, kind in ((before + 16, 0), (before + 36, 2), (T - 6, 2)):
-            part[b, start : start + 5] = kind
-    part[:, -1] = 0  # its target opens the next window
+        for start in (before + 36, T - 6):  # the target of input t is byte t of `one`
+            part[b, start : start + 5] = 1
     return tokens, part
 
 
@@ -837,13 +835,13 @@ def babilong(rows, T, qa=None):
     """bAbI facts in order, at drawn places between lines of background text (BABILong, 2024), in bytes.
 
     <bos>import os/Mary went to the office. class A:/John moved to the garden. x/Where is Mary? office.<bos>
-    part 1 ...                      (here / ends a line)                                        2222222 0
+    part 0, and 1 on               (here / ends a line)                                         1111111
 
     qa: 1 to 5, None for one drawn in each row. The background fills the window.
     """
     check_bytes(rows.corpus)
     tokens = np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64)
-    part = np.ones((rows.B, T), dtype=np.int8)
+    part = np.zeros((rows.B, T), dtype=np.int8)
     background = rows.take(T)
     for b in range(rows.B):
         n = -1
@@ -857,8 +855,7 @@ def babilong(rows, T, qa=None):
         for i, sentence in enumerate([f"{f} " for f in facts] + [f"{question} {answer}."]):
             pieces.insert(2 * i + 1, np.frombuffer(sentence.encode(), dtype=np.uint8))
         tokens[b, 1:T] = np.concatenate(pieces)
-        part[b, T - 2 - len(answer) :] = 2
-    part[:, -1] = 0
+        part[b, T - 2 - len(answer) : T - 1] = 1
     return tokens, part
 
 
@@ -874,8 +871,8 @@ TASKS = {  # name: (function, default T, names of the parts)
     "echo_windows": (echo_windows, 200, ("text", "echo")),
     "text": (text, 256, ("text",)),
     "copy": (copy, 64, ("copy",)),
-    "passkey": (passkey, 160, ("text", "key")),
-    "babilong": (babilong, 256, ("text", "answer")),
+    "passkey": (passkey, 160, ("key",)),
+    "babilong": (babilong, 256, ("answer",)),
 }
 
 

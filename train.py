@@ -399,7 +399,7 @@ def finished(folder):
 
 def measure(model, folder, task, T, corpus):
     """Position-wise loss, kept beside the checkpoint in `folder` (None: not kept)."""
-    measured = lg.position_wise(model, task, corpus, T)
+    measured = lg.position_wise(model, task, corpus, T, rows=max(16, min(256, 12800 // T)))
     if folder and rank() == 0:
         write_json(os.path.join(folder, "position_wise.json"), measured)
     return measured
