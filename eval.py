@@ -17,6 +17,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -24,8 +25,13 @@ from dataclasses import dataclass, field
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import lengthgen as lg
 import train
@@ -67,6 +73,8 @@ TINY = {
 MEASURES = {  # how much is measured; rows are sequences
     "poswise": dict(rows=64, windows=256),
     "gap": dict(rows=64, windows=64),
+    "interventions": dict(rows=256, windows=64),
+    "sweep": dict(rows=128, windows=64),
     "state": dict(rows=64, windows=64),
     "effrem": dict(rows=64),
     "passkey": dict(rows=32, lengths=(1, 2, 4, 8, 16, 32, 64, 128), depths=(0.1, 0.3, 0.5, 0.7, 0.9)),
@@ -93,13 +101,8 @@ class Run:
     def minutes(self):
         a = train.parse_arguments(self.argv)
         steps = a.steps or (train.POSTTRAIN if a.intervention else train.PRETRAIN)["steps"]
-        T = a.T or lg.TASKS[a.task][1]
-        measured = (2 if a.intervention else 1) * 64 * 256 * T  # train.py ends with loss by position
-        return steps * a.batch * T / TRAIN_RATE + measured / READ_RATE
-
-    @property
-    def command(self):
-        return "python train.py " + " ".join(self.argv)
+        measured = (2 if a.intervention else 1) * 13e3 * 64  # tokens: train.py ends with loss by position
+        return steps * a.batch * (a.T or lg.TASKS[a.task][1]) / TRAIN_RATE + measured / READ_RATE
 
 
 class MissingRuns(ValueError):
@@ -195,22 +198,19 @@ class Lab:
             and os.path.getmtime(file) >= os.path.getmtime(checkpoint)
         ):
             model = self.load(run)
-            T = lg.load_checkpoint(run.folder)["settings"]["T"]
+            trained = lg.load_checkpoint(run.folder)["settings"]
             print(f"  {name} of {run.folder} ...", end="", flush=True)
             started = time.time()
-            value = function(model, T, **settings)
+            value = function(model, trained["T"], **settings)
             versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
             kept = dict(
-                value=value, settings=settings, seed=run.seed, trained_by=run.command, measured_by=again,
+                value=value, settings=settings, seed=run.seed, trained=trained, command=again,
                 versions=versions, made=time.strftime("%Y-%m-%d %H:%M:%S"), seconds=time.time() - started,
             )  # fmt: skip
             train.write_json(file, kept)
             print(f" {kept['seconds']:.0f} s", flush=True)
         self.measurements[file] = kept
         return kept["value"]
-
-    def over_seeds(self, runs, name, function):
-        return [self.measure(run, name, function) for run in runs]
 
 
 def read_json(file, again):
@@ -236,22 +236,16 @@ def label(kind):
 
 
 def page(columns, width=4.4, height=3.6, **kwargs):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, **kwargs)
     return figure, list(axes[0])
 
 
-def curve(axis, x, seeds, kind, name=None):
+def curve(axis, x, seeds, kind):
     """The mean over seeds (n_seeds, n) and, shaded, from the lowest to the highest."""
     y = np.array(seeds, dtype=float)
-    style = "-" if kind in ("base", "zero") else "--"
     colour = train.COLOURS[kind.removesuffix("-scan")]
-    style = ":" if kind.endswith("-scan") else style
-    axis.plot(x, y.mean(0), style, color=colour, marker="o", markersize=3, label=name or label(kind))
+    style = "-" if kind in ("base", "zero") else ":" if kind.endswith("-scan") else "--"
+    axis.plot(x, y.mean(0), style, color=colour, marker="o", markersize=3, label=label(kind))
     if len(y) > 1:
         axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0)
 
@@ -262,8 +256,6 @@ def dress(axis, T, title, xlabel, ylabel="", logy=True):
     axis.set_xscale("log", base=2)
     if logy:
         axis.set_yscale("log")
-        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
@@ -285,8 +277,6 @@ def heat(axis, values, rows, columns, title, highest, form="{:.2f}"):
 
 
 def keep(figure, path, title):
-    import matplotlib.pyplot as plt
-
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     save = functools.partial(figure.savefig, dpi=150, format="png", facecolor="white")
@@ -304,67 +294,66 @@ def middles(edges):
 # The figures. Each takes (lab, path of its picture) and returns its lines of the summary: {what: number}
 
 
-def losses(lab, runs, task, name="poswise"):
-    """Per seed the result of lengthgen.position_wise."""
+def losses(lab, runs, name="poswise"):
+    """Per seed the result of lengthgen.position_wise on the task of the runs."""
+    task = PRESETS[lab.preset][0][runs[0].experiment].task
 
     def function(model, T, rows, windows):
         return lg.position_wise(model, task, lab.corpus, T, windows, rows)
 
-    return lab.over_seeds(runs, name, function)
+    return [lab.measure(run, name, function) for run in runs]
 
 
-def beyond(measured, part, low):
-    """Mean loss from position low*T on, in nats."""
-    loss, count = (np.array(measured["parts"][part][x]) for x in ("loss", "count"))
-    far = np.array(measured["edges"][:-1]) >= low * measured["T"]
-    return (loss * count)[far].sum() / count[far].sum()
-
-
-def inside(measured, part):
-    loss, count = (np.array(measured["parts"][part][x]) for x in ("loss", "count"))
-    near = np.array(measured["edges"][1:]) <= measured["T"]
-    return (loss * count)[near].sum() / count[near].sum()
+def mean_loss(measured, part, low, high=math.inf):
+    """Over the seeds (n,): mean loss of the targets at low*T to high*T, in nats."""
+    means = []
+    for m in measured:
+        loss, count = (np.array(m["parts"][part][x]) for x in ("loss", "count"))
+        edges = np.array(m["edges"]) / m["T"]
+        chosen = (edges[:-1] >= low) & (edges[1:] <= high)
+        means.append((loss * count)[chosen].sum() / count[chosen].sum())
+    return np.array(means)
 
 
 def poswise(lab, path):
     """Position-wise perplexity (the paper's first figure): base, control and cured, far beyond T."""
 
     def gap(model, T, rows, windows):
-        some = lg.Rows(lab.corpus, "val", rows, True, 0)
-        tokens, _ = lg.stream(lg.text, some, T, windows)
+        tokens, _ = lg.stream(lg.text, lg.Rows(lab.corpus, "val", rows, True, 0), T, windows)
         gap = lg.paired_gap(model, tokens, T)
-        edges = [2**i for i in range(windows.bit_length())]  # blocks of T from 1 on, doubling
-        return dict(T=T, edges=edges, gap=[float(gap[a:b].mean()) for a, b in itertools.pairwise(edges)])
+        edges = [2**i for i in range(windows.bit_length())]  # ranges of blocks, doubling
+        return dict(edges=edges, gap=[float(gap[a:b].mean()) for a, b in itertools.pairwise(edges)])
 
-    kinds = ("base", "zero", "state_passing", "tbtt")
-    found = lab.runs("echo", "text", kinds=kinds)
-    figure, axes = page(2 * len({task for task, _ in found}))
+    found = lab.runs("echo", "text", kinds=("base", "zero", "state_passing", "tbtt"))
+    panels = [
+        p for task, n in (("echo", 2), ("text", 2)) for p in [task] * n if any(t == task for t, _ in found)
+    ]
+    figure, axes = page(len(panels))
     summary = {}
-    for task, task_axes in (("echo", axes[:2]), ("text", axes[-2:])):
-        for kind, runs in [(kind, runs) for (t, kind), runs in found.items() if t == task]:
-            measured = losses(lab, runs, task)
-            T, parts = measured[0]["T"], list(measured[0]["parts"])
-            for axis, part in zip(task_axes, parts, strict=False):
-                ppl = [np.exp(m["parts"][part]["loss"]) for m in measured]
-                curve(axis, middles(measured[0]["edges"]), ppl, kind)
-                what = f"{train.PART_MEANING[part]}" if task == "echo" else "plain text, trained on it"
-                dress(axis, T, what, "position (tokens)", "perplexity")
-                name = f"{task}{' (' + part + ' part)' if len(parts) > 1 else ''}, {label(kind)}: loss"
-                summary[f"{name} inside T"] = np.mean([inside(m, part) for m in measured])
-                summary[f"{name} beyond 64 T"] = np.mean([beyond(m, part, 64) for m in measured])
-            if task == "text":
-                gaps = lab.over_seeds(runs, "gap", gap)
-                x = middles(np.array(gaps[0]["edges"]) * T)
-                curve(axes[-1], x, [g["gap"] for g in gaps], kind)
-                dress(
-                    axes[-1],
-                    T,
-                    "plain text: what the past costs",
-                    "position (tokens)",
-                    "paired gap (nats)",
-                    False,
-                )
-                summary[f"text, {label(kind)}: paired gap at 32-64 T"] = np.mean([g["gap"][-1] for g in gaps])
+    for (task, kind), runs in found.items():
+        measured, mine = losses(lab, runs), axes[panels.index(task) :]
+        T, parts = measured[0]["T"], measured[0]["parts"]
+        for axis, part in zip(mine, parts, strict=False):
+            curve(
+                axis,
+                middles(measured[0]["edges"]),
+                [np.exp(m["parts"][part]["loss"]) for m in measured],
+                kind,
+            )
+            title = f"echo: {train.PART_MEANING[part]}" if task == "echo" else "trained on plain text"
+            dress(axis, T, title, "position (tokens)", "perplexity")
+            for where, low, high in (("inside T", 0, 1), ("beyond 64 T", 64, math.inf)):
+                what = f"{task}, {part} part, {label(kind)}: loss {where}"
+                summary[what] = mean_loss(measured, part, low, high).mean()
+        if task == "text":
+            gaps = [lab.measure(run, "gap", gap) for run in runs]
+            edges = gaps[0]["edges"]
+            curve(mine[1], middles(np.array(edges) * T), [g["gap"] for g in gaps], kind)
+            dress(
+                mine[1], T, "plain text: what the past costs", "position (tokens)", "paired gap (nats)", False
+            )
+            far = f"{edges[-2]} to {edges[-1]} T"
+            summary[f"text, {label(kind)}: paired gap at {far}"] = np.mean([g["gap"][-1] for g in gaps])
     axes[0].legend(frameon=False, fontsize=8)
     keep(figure, path, f"Position-wise perplexity of {lab.model}, streamed from a zero state")
     return summary
@@ -374,26 +363,23 @@ def interventions(lab, path):
     """The four interventions and the control, mean and spread over seeds (the paper's second figure)."""
     figure, axes = page(2, width=5, height=4)
     summary = {}
-    for (_, kind), runs in lab.runs("echo").items():
-        measured = losses(lab, runs, "echo")
-        for axis, part in zip(axes, ("text", "echo"), strict=True):
+    found = {kind: losses(lab, runs, "interventions") for (_, kind), runs in lab.runs("echo").items()}
+    for axis, part in zip(axes, ("text", "echo"), strict=True):
+        for kind, measured in found.items():
             curve(
                 axis,
                 middles(measured[0]["edges"]),
                 [np.exp(m["parts"][part]["loss"]) for m in measured],
                 kind,
             )
-            far = [beyond(m, part, 4) for m in measured]
-            summary[f"{part} part, {label(kind)}: loss inside T"] = np.mean(
-                [inside(m, part) for m in measured]
-            )
-            summary[f"{part} part, {label(kind)}: loss beyond 4 T"] = np.mean(far)
-            if len(far) > 1:
-                summary[f"{part} part, {label(kind)}: loss beyond 4 T, std over seeds"] = np.std(far, ddof=1)
-    for axis, part in zip(axes, ("text", "echo"), strict=True):
-        dress(axis, measured[0]["T"], train.PART_MEANING[part], "position (tokens)", "perplexity")
+            for where, low, high in (("inside T", 0, 1), ("beyond 4 T", 4, math.inf)):
+                means = mean_loss(measured, part, low, high)
+                summary[f"{part} part, {label(kind)}: loss {where}"] = means.mean()
+                summary[f"{part} part, {label(kind)}: loss {where}, highest minus lowest"] = np.ptp(means)
+        dress(axis, measured[0]["T"], f"echo: {train.PART_MEANING[part]}", "position (tokens)", "perplexity")
     axes[1].legend(frameon=False, fontsize=8)
-    seeds = f"mean and range of {len(lab.seeds)} seeds" if len(lab.seeds) > 1 else "one seed"
+    n = len(lab.seeds)
+    seeds = f"mean and range of {n} seeds" if n > 1 else f"seed {lab.seeds[0]}"
     keep(figure, path, f"Interventions on the initial state, {lab.model}, {seeds}")
     return summary
 
@@ -412,7 +398,7 @@ def state(lab, path):
     figure, axes = page(3, width=5)
     summary, growths = {}, {}
     for (_, kind), runs in lab.runs("echo", kinds=kinds).items():
-        measured = lab.over_seeds(runs, "state", function)
+        measured = [lab.measure(run, "state", function) for run in runs]
         T, at = measured[0]["T"], measured[0]["at"]
         curve(axes[0], at, [m["full"] for m in measured], kind)
         first = at.index(T)
@@ -448,7 +434,7 @@ def effrem(lab, path):
     figure, axes = page(2)
     summary = {}
     for (_, kind), runs in lab.runs("echo", kinds=("base", "zero", "state_passing", "tbtt")).items():
-        measured = lab.over_seeds(runs, "effrem", function)
+        measured = [lab.measure(run, "effrem", function) for run in runs]
         T, starts = measured[0]["T"], measured[0]["starts"]
         for axis, part in zip(axes, ("text", "echo"), strict=True):
             curve(axis, starts, [m[part] for m in measured], kind)
@@ -471,7 +457,7 @@ def passkey(lab, path):
     figure, axes = page(2, width=5.5, height=3.2)
     summary = {}
     for axis, ((_, kind), runs) in zip(axes, lab.runs("passkey").items(), strict=False):
-        measured = lab.over_seeds(runs, "passkey", function)
+        measured = [lab.measure(run, "passkey", function) for run in runs]
         m, mean = measured[0], np.mean([m["accuracy"] for m in measured], axis=0)
         title = "fine-tuned, " + ("plain" if kind == "zero" else label(kind))
         heat(axis, mean, m["depths"], [f"{n}T" for n in m["lengths"]], title, 1)
@@ -496,7 +482,7 @@ def copying(lab, path):
     figure, axes = page(2)
     summary = {}
     for (_, kind), runs in lab.runs("copy").items():
-        measured = lab.over_seeds(runs, "copying", function)
+        measured = [lab.measure(run, "copying", function) for run in runs]
         m = measured[0]
         x = np.arange(1, len(m["packed"]) + 1)
         for axis, where, key in ((axes[0], x, "packed"), (axes[1], m["letters"], "single")):
@@ -557,12 +543,12 @@ def sweep(lab, path):
     points = {"steps": [], "T": []}
     names = [name for name in PRESETS[lab.preset][0] if name == "echo" or name.startswith("sweep/")]
     for (name, _), runs in lab.runs(*names, kinds=("base",)).items():
-        measured = losses(lab, runs, "echo")
-        worse = np.mean([beyond(m, "text", 4) - inside(m, "text") for m in measured])
+        measured = losses(lab, runs, "sweep")
+        worse = mean_loss(measured, "text", 4) - mean_loss(measured, "text", 0, 1)
         steps = lg.load_checkpoint(runs[0].folder)["settings"]["steps"]
         for what, x in (("steps", steps), ("T", measured[0]["T"])):
             if name == "echo" or name.startswith(f"sweep/{what}"):
-                points[what].append((x, worse))
+                points[what].append((x, worse.mean()))
     figure, axes = page(2, sharey=True)
     summary = {}
     for axis, (what, unit) in zip(
@@ -646,9 +632,8 @@ def reproduce(lab, names):
     for name, minutes, run in work:
         pace = (time.time() - started) / done if done > 2 else 60  # seconds for a minute of the budget
         left = train.clock((total - done) * pace)
-        print(
-            f"\n[{done / total:4.0%}, about {left} left] {name}: {run.command if run else 'measure and draw'}"
-        )
+        what = f"python train.py {' '.join(run.argv)}" if run else "measure and draw"
+        print(f"\n[{done / total:4.0%}, about {left} left] {name}: {what}", flush=True)
         if run:
             train.main(run.argv, lab.corpus)
         else:

@@ -702,8 +702,10 @@ def copy(rows, T, shortest=5, longest=20):
     Every window starts a new string, its last one is cut off: rows that continue carry only their state.
     T = 2n + 3 and shortest = longest = n make one string of n letters.
     """
-    if T < 43:  # else a window could hold nothing to copy, and a loss over nothing is no number
-        raise ValueError(f"copy needs a T of at least 43, the longest string and its copy, got {T}")
+    if T < 2 * longest + 3:  # else a window could hold nothing to copy, and a loss over nothing is no number
+        raise ValueError(
+            f"copy needs a T of at least {2 * longest + 3}, the longest string and its copy, got {T}"
+        )
     tokens = np.full((rows.B, T + 1), ord("$"), dtype=np.int64)
     part = np.zeros((rows.B, T), dtype=np.int8)
     for b in range(rows.B):
