@@ -78,26 +78,30 @@ def test_effective_remembrance_of_a_model_that_copies_the_first_token_is_its_clo
         np.testing.assert_allclose(distance[i], np.broadcast_to(expected[:, None], (8, 10)), atol=ROUNDING)
 
 
-def test_paired_gap_counts_each_target_of_second_halves_once():
-    def loss_after(n):  # in nats, when n tokens are behind
-        return 0.1 + 0.01 * n
+def test_paired_gap_is_that_of_the_same_targets_each_counted_once():
+    def loss(n, token):  # in nats, of the target after `token`, when n tokens are behind it
+        return 0.1 + 1e-3 * n**2 + 0.01 * token
 
     def step(seen, token):
-        p = torch.exp(-torch.tensor([loss_after(float(s) + 1) for s in seen]))
-        return torch.stack(
-            [sure_of(t[None] * 0, q.item())[0] for t, q in zip(token, p, strict=True)]
+        p = torch.exp(-loss(seen + 1, token))
+        return torch.cat(
+            [sure_of((t[None] + 1) % 7, q.item()) for t, q in zip(token, p, strict=True)]
         ), seen + 1
 
     T, windows = 8, 4
-    gap = lg.paired_gap(HandMade(step), np.zeros((2, T * windows + 1), dtype=np.int64), T)
-    # the same targets with i*T more tokens behind them; losses are linear, so a target counted twice shows
-    np.testing.assert_allclose(gap, [0.01 * T * i for i in range(windows)], atol=1e-5)
+    tokens = np.arange(T * windows + 1)[None] % 7
+    gap = lg.paired_gap(HandMade(step), tokens, T)
+    second_half = np.arange(T // 2, T)
+    for i in range(windows):
+        token = tokens[0, i * T + second_half]
+        expected = loss(i * T + second_half + 1, token) - loss(second_half + 1, token)
+        assert abs(gap[i] - expected.mean()) < 10 * ROUNDING  # losses of up to 1 nat in float32
 
 
 def test_state_std_is_that_of_the_state_after_t_tokens():
-    model = HandMade(lambda seen, token: (sure_of(token, 0.5), seen + torch.tensor([1.0, -1.0])))
+    model = HandMade(lambda seen, token: (sure_of(token, 0.5), seen + torch.tensor([1.0, 3.0])))
     full, layers, heads = lg.state_std(model, letters(2, 64), [1, 10, 64])
-    assert full.tolist() == [1, 10, 64]  # the two rows hold t and -t
+    assert full.tolist() == [1, 10, 64]  # the two rows hold t and 3t
     assert layers.tolist() == [[1], [10], [64]] and heads.tolist() == [[[1]], [[10]], [[64]]]
 
 
