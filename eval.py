@@ -65,8 +65,8 @@ TINY = {
     "passkey": Experiment(
         "passkey",
         ("zero", "fitted_noise"),
-        "--T 320 --batch 32",
-        after="--steps 400 --lr 3e-3 --zero-prob 0.1",
+        "--T 640 --batch 8",  # the longer T, the more times its length a key is kept
+        after="--steps 300 --lr 3e-3 --zero-prob 0.1",
         init=("echo", "base"),
     ),
 } | {
