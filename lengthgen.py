@@ -1161,7 +1161,7 @@ def echo_windows(rows, T):
     return np.take_along_axis(tokens, at, 1), np.take_along_axis(part, at[:, :-1], 1)
 
 
-def copy(rows, T):
+def copy(rows, T, shortest=5, longest=20):
     """The paper's synthetic copying (Jelassi et al. 2024): letters to repeat, 5 to 20 of them, packed into T.
 
     input    $  x  k  c  q  h  |  x  k  c  q  h  .  $  ...
@@ -1169,15 +1169,18 @@ def copy(rows, T):
     part     0  0  0  0  0  0  1  1  1  1  1  1  0  ...    1 the copy and the stop
 
     Every window starts a new string, its last one is cut off: rows that continue carry only their state.
+    T = 2n + 3 and shortest = longest = n make one string of n letters.
     """
-    if T < 43:  # else a window could hold nothing to copy, and a loss over nothing is no number
-        raise ValueError(f"copy needs a T of at least 43, the longest string and its copy, got {T}")
+    if T < 2 * longest + 3:  # else a window could hold nothing to copy, and a loss over nothing is no number
+        raise ValueError(
+            f"copy needs a T of at least {2 * longest + 3}, the longest string and its copy, got {T}"
+        )
     tokens = np.full((rows.B, T + 1), ord("$"), dtype=np.int64)
     part = np.zeros((rows.B, T), dtype=np.int8)
     for b in range(rows.B):
         t = 0
         while t < T:
-            n = int(torch.randint(5, 21, (), generator=rows.rng))
+            n = int(torch.randint(shortest, longest + 1, (), generator=rows.rng))
             string = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).numpy()
             one = np.concatenate([[ord("$")], string, [ord("|")], string, [ord(".")]])
             tokens[b, t : min(t + len(one), T)] = one[: T - t]
@@ -1187,11 +1190,160 @@ def copy(rows, T):
     return tokens, part
 
 
+FILLER = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+def passkey(rows, T, depth=None):
+    """Five digits hidden in filler and asked for at the end, in Landmark Attention's words (2023), in bytes.
+
+    <bos>The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass is green. The s
+    part 0, and 1 on                                        11111
+    |What is the pass key? The pass key is 30719<bos>              | marks joints, the filler fills the window
+                                           11111
+
+    depth: the share of the filler that comes before the key, None for a place drawn in each row. The task's
+    opening line is left out: it is longer than our T.
+    """
+    check_bytes(rows.corpus)
+    tokens = np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64)
+    part = np.zeros((rows.B, T), dtype=np.int8)
+    for b in range(rows.B):
+        key = b"%05d" % int(torch.randint(10**5, (), generator=rows.rng))
+        needle = b"The pass key is %b. Remember it. %b is the pass key. " % (key, key)
+        question = b"What is the pass key? The pass key is " + key
+        n = T - 1 - len(needle) - len(question)
+        if n < 0:
+            raise ValueError(f"passkey needs a T of at least {T - n}, got {T}")
+        filler = FILLER * (n // len(FILLER) + 1)
+        before = int(torch.randint(n + 1, (), generator=rows.rng)) if depth is None else round(depth * n)
+        one = filler[:before] + needle + filler[: n - before] + question
+        tokens[b, 1:T] = np.frombuffer(one, dtype=np.uint8)
+        for start in (before + 36, T - 6):  # the target of input t is byte t of `one`
+            part[b, start : start + 5] = 1
+    return tokens, part
+
+
+def check_bytes(corpus):
+    if corpus.words != 256:
+        raise ValueError(
+            f"this task is written in bytes, the corpus has {corpus.words} words: use --tokenizer bytes"
+        )
+
+
+ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+OBJECTS = ("apple", "football", "milk")
+ACTORS = {5: ("Bill", "Fred", "Jeff", "Mary")}  # of question 5; the other questions have
+OTHER_ACTORS = ("Daniel", "John", "Mary", "Sandra")
+WORDS = {  # the verbs of bAbI v1.2
+    "move": ("moved", "went", "went back", "journeyed", "travelled"),
+    "take": ("got", "took", "grabbed", "picked up"),
+    "drop": ("dropped", "put down", "discarded", "left"),
+    "give": ("gave", "handed", "passed"),
+}
+OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+EVENTS = {1: 3, 2: 5, 3: 7, 5: 5}  # in a story
+
+
+def babi(qa, rng):
+    """One story of bAbI task qa (1 to 5): facts (list of sentences), question, answer. Our own generator."""
+
+    def pick(xs):
+        return list(xs)[int(torch.randint(len(xs), (), generator=rng))]
+
+    if qa == 4:
+        d, middle = pick(OPPOSITE), pick(ROOMS)
+        a, c = pick([x for x in ROOMS if x != middle]), middle
+        while c in (a, middle):
+            c = pick(ROOMS)
+        facts = [f"The {a} is {d} of the {middle}.", f"The {c} is {OPPOSITE[d]} of the {middle}."]
+        return facts, *pick([(f"What is {d} of the {middle}?", a), (f"What is the {middle} {d} of?", c)])
+    place, holder, trail, gift, facts = {}, {}, {}, None, []  # trail: the rooms an object was in
+    for _ in range(EVENTS[qa]):
+        X = pick(ACTORS.get(qa, OTHER_ACTORS))
+        mine = [o for o in OBJECTS if holder.get(o) == X]
+        free = [o for o in OBJECTS if not holder.get(o) and trail.get(o, [place.get(X)])[-1] == place.get(X)]
+        near = [y for y in place if y != X and place[y] == place.get(X)]
+        can = ["move"]
+        if qa > 1 and X in place:
+            can += (
+                ["take"] * 2 * bool(free)
+                + ["drop"] * bool(mine)
+                + ["give"] * 3 * bool(qa == 5 and mine and near)
+            )
+        event = pick(can)
+        verb = pick(WORDS[event])
+        if event == "move":
+            place[X] = pick([room for room in ROOMS if room != place.get(X)])
+            facts.append(f"{X} {verb} to the {place[X]}.")
+            for o in mine:
+                trail[o].append(place[X])
+        elif event == "give":
+            gift = X, pick(mine), pick(near)
+            holder[gift[1]] = gift[2]
+            facts.append(f"{X} {verb} the {gift[1]} to {gift[2]}.")
+        else:
+            o = pick(free if event == "take" else mine)
+            holder[o] = X if event == "take" else None
+            trail.setdefault(o, [place[X]])
+            facts.append(f"{X} {verb} the {o}{pick(['', ' there'])}.")
+    answers = []
+    if qa == 1:
+        answers = [(f"Where is {x}?", room) for x, room in place.items()]
+    elif qa == 2:
+        answers = [(f"Where is the {o}?", rooms[-1]) for o, rooms in trail.items()]
+    elif qa == 3:
+        answers = [(f"Where was the {o} before the {r[-1]}?", r[-2]) for o, r in trail.items() if len(r) > 1]
+    elif gift:
+        X, o, Y = gift
+        answers = [
+            (f"What did {X} give to {Y}?", o), (f"Who gave the {o} to {Y}?", X), (f"Who gave the {o}?", X),
+            (f"Who did {X} give the {o} to?", Y), (f"Who received the {o}?", Y),
+        ]  # fmt: skip
+    return (facts, *pick(answers)) if answers else babi(qa, rng)  # a story that allows no question: again
+
+
+def babilong(rows, T, qa=None):
+    """bAbI facts in order, at drawn places between lines of background text (BABILong, 2024), in bytes.
+
+    <bos>import os/Mary went to the office. class A:/John moved to the garden. x/Where is Mary? office.<bos>
+    part 0, and 1 on               (here / ends a line)                                         1111111
+
+    qa: 1 to 5, None for one drawn in each row. The background fills the window.
+    """
+    check_bytes(rows.corpus)
+    tokens = np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64)
+    part = np.zeros((rows.B, T), dtype=np.int8)
+    background = rows.take(T)
+    for b in range(rows.B):
+        n = -1
+        while n < 0:
+            facts, question, answer = babi(qa or 1 + int(torch.randint(5, (), generator=rows.rng)), rows.rng)
+            n = T - 1 - sum(len(f) + 1 for f in facts) - len(f"{question} {answer}.")
+        places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.tolist()
+        lines = np.flatnonzero(background[b, :n] == ord("\n")) + 1  # places move on to the end of their line
+        places = [int(lines[lines >= p][0]) if (lines >= p).any() else n for p in places]
+        pieces = np.split(background[b, :n], places)
+        for i, sentence in enumerate([f"{f} " for f in facts] + [f"{question} {answer}."]):
+            pieces.insert(2 * i + 1, np.frombuffer(sentence.encode(), dtype=np.uint8))
+        tokens[b, 1:T] = np.concatenate(pieces)
+        part[b, T - 2 - len(answer) : T - 1] = 1
+    return tokens, part
+
+
+def babilong_score(output, answer, question, qa):
+    """BABILong's rule: up to the first '.', the answer is the only label that the question lacks."""
+    labels = ROOMS if qa < 5 else ACTORS[5] + OBJECTS
+    said = output.lower().split(".")[0]
+    return {x for x in labels if x.lower() in said and x not in question} == {answer}
+
+
 TASKS = {  # name: (function, default T, names of the parts)
     "echo": (echo, 50, ("text", "echo")),
     "echo_windows": (echo_windows, 200, ("text", "echo")),
     "text": (text, 256, ("text",)),
     "copy": (copy, 64, ("copy",)),
+    "passkey": (passkey, 160, ("key",)),
+    "babilong": (babilong, 256, ("answer",)),
 }
 
 
@@ -1274,3 +1426,122 @@ def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0):
         for i, name in enumerate(parts)
     }
     return {"T": T, "edges": edges, "parts": losses}
+
+
+@torch.no_grad()
+def paired_gap(model, tokens, T):
+    """The same tokens behind the whole stream and behind at most their last T: what the past costs, nats.
+
+    tokens (B, N+1) with N a multiple of T, a stream from a zero state. Targets are those in the second half
+    of each block of T, so that the short context is T/2 to T long. Returns (N/T,), 0 for the first block.
+    """
+    B, N = tokens.shape[0], tokens.shape[1] - 1
+    block = np.where(np.arange(N) % T < T // 2, -1, np.arange(N) // T)
+    whole, count = streaming_loss(model, tokens, block, segment=max(1, STREAM_TOKENS // B))
+    short = torch.zeros_like(whole)
+    for i in range(N // T):
+        at = slice(i * T, (i + 1) * T)
+        short[i] = streaming_loss(model, tokens[:, i * T : (i + 1) * T + 1], block[at], segment=T)[0][-1]
+    return (whole - short) / count
+
+
+@torch.no_grad()
+def absorb(model, tokens, state=None):
+    """Read tokens (B, T) in constant memory: logits (B, C) after the last one, and the state."""
+    for piece in torch.as_tensor(tokens).split(max(1, STREAM_TOKENS // len(tokens)), dim=1):
+        logits, state = model(piece.to(model.lm_head.weight.device), state)
+    return logits[:, -1], state
+
+
+@torch.no_grad()
+def generate(model, tokens, n, temperature=0.0, top_k=None, rng=None):
+    """Read tokens (B, T), then yield the next n, one (B,) at a time; temperature 0 takes the likeliest."""
+    logits, state = absorb(model, tokens)
+    for _ in range(n):
+        if top_k:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        token = logits.argmax(-1)
+        if temperature > 0:
+            token = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=rng)[:, 0]
+        yield token
+        logits, state = absorb(model, token[:, None], state)
+
+
+def state_std(model, tokens, at):
+    """Std of the state S after each of the ascending positions `at` of tokens (B, N), and over what.
+
+    Returns full (n,) over everything, as in the paper's figure; layers (n, L); heads (n, L, H); float64.
+    """
+    moments, state = [], None
+    for start, stop in zip([0, *at[:-1]], at, strict=True):
+        _, state = absorb(model, tokens[:, start:stop], state)
+        S = torch.stack([layer.scan.double() for layer in state])  # (L, B, H, K, V)
+        moments.append(torch.stack([S.mean((1, 3, 4)), (S**2).mean((1, 3, 4))]))
+    moments = torch.stack(moments, 1).cpu()  # (2, n, L, H)
+
+    def std(dims):
+        mean, square = moments.mean(dims) if dims else moments
+        return (square - mean**2).clamp(min=0).sqrt()
+
+    return std((2, 3)), std((3,)), std(())
+
+
+@torch.no_grad()
+def effective_remembrance(model, tokens, starts, end):
+    """EffRem(t) = TV(q(.|x[0:T]), q(.|x[t:T])): how much the tokens before t still matter (paper section 5).
+
+    tokens (B, N) from a zero state; starts: ascending t, 0 < t <= end. All suffixes x[t:] run as one batch
+    that grows at each t. Returns (len(starts), B, N - end) in [0, 1], for the final tokens end, ..., N - 1.
+    """
+    tokens, B = torch.as_tensor(tokens).to(model.lm_head.weight.device), len(tokens)
+    zeros = state = model.zero_state(B)
+    for i, (start, stop) in enumerate(zip([0, *starts], [*starts, end], strict=True)):
+        state = state if i == 0 else map_state(lambda x, z: torch.cat([x, z]), state, zeros)
+        if stop > start:
+            _, state = model(tokens[:, start:stop].repeat(i + 1, 1), state)
+    logits, _ = model(tokens[:, end:].repeat(len(starts) + 1, 1), state)
+    q = logits.float().softmax(-1).unflatten(0, (-1, B))  # (1 + starts, B, N - end, C)
+    return ((q[1:] - q[:1]).abs().sum(-1) / 2).cpu()
+
+
+@torch.no_grad()
+def accuracy(model, tokens, part):
+    """Is the likeliest token the target? One teacher-forced pass from a zero state (the paper's copying).
+
+    tokens (B, T+1), part (B, T) -> (B, T) float64: 1 right, 0 wrong, NaN where part is 0
+    """
+    device = model.lm_head.weight.device
+    tokens, part = torch.as_tensor(tokens), torch.as_tensor(part)
+    logits, _ = model(tokens[:, :-1].to(device))
+    return (logits.argmax(-1).cpu() == tokens[:, 1:]).double().masked_fill(part == 0, math.nan)
+
+
+def passkey_accuracy(model, corpus, T, depth, rows, seed=0):
+    """Share of `rows` windows of T tokens whose five digits come first in the greedy continuation."""
+    tokens, _ = passkey(Rows(corpus, "val", rows, False, seed), T, depth)
+    answer = torch.stack(list(generate(model, tokens[:, : T - 5], 5)), dim=1)
+    return float((answer.cpu().numpy() == tokens[:, T - 5 : T]).all(1).mean())
+
+
+def babilong_accuracy(model, corpus, T, qa, rows, examples=0, seed=0):
+    """Share of `rows` windows of T tokens answered right, behind solved `examples`."""
+    some = Rows(corpus, "val", rows, False, seed)
+    tokens, _ = babilong(some, T, qa)
+    shots = [babilong(some, TASKS["babilong"][1], qa)[0][:, :-1] for _ in range(examples)]
+    asked = [
+        re.search(r".*((?:Where|What|Who) [^?]*\?) (\w+)\.$", decode(row[1:T]), re.S).groups()
+        for row in tokens
+    ]
+    right = 0
+    for length in {len(answer) for _, answer in asked}:  # prompts of one length run together
+        some = [b for b, (_, answer) in enumerate(asked) if len(answer) == length]
+        prompt = np.concatenate([*(shot[some] for shot in shots), tokens[some, : T - length - 1]], axis=1)
+        outputs = torch.stack(list(generate(model, prompt, 16)), dim=1).cpu().numpy()
+        for b, output in zip(some, outputs, strict=True):
+            right += babilong_score(decode(output), asked[b][1], asked[b][0], qa)
+    return right / rows
+
+
+def decode(tokens):
+    """Text of byte tokens (N,); the special tokens are left out."""
+    return bytes(int(x) for x in tokens if x < 256).decode(errors="replace")

@@ -392,7 +392,8 @@ def draw_position_wise(results, path, title):
 
 
 PART_MEANING = {
-    "text": "held-out text never seen before", "echo": "the same passage again", "copy": "letters to repeat"
+    "text": "held-out text never seen before", "echo": "the same passage again", "copy": "letters to repeat",
+    "key": "the digits to repeat", "answer": "the answer and its stop",
 }  # fmt: skip
 
 
@@ -417,20 +418,21 @@ def finished(folder):
 
 def measure(model, folder, task, T, corpus):
     """Position-wise loss, kept beside the checkpoint in `folder` (None: not kept)."""
-    measured = lg.position_wise(model, task, corpus, T)
+    measured = lg.position_wise(model, task, corpus, T, rows=max(16, min(256, 12800 // T)))
     if folder and rank() == 0:
         write_json(os.path.join(folder, "position_wise.json"), measured)
     return measured
 
 
-def main(argv=None):
+def main(argv=None, corpus=None):
+    """Run one command line; ValueError if it is wrong. corpus: the one it names, if it is loaded already."""
     started = time.time()
     args = parse_arguments(argv)
     init = lg.load_checkpoint(args.init) if args.init else None
     task = args.task or (init["settings"]["task"] if init else "echo")
     T = args.T or (init["settings"]["T"] if init else lg.TASKS[task][1])
     args.tokenizer = args.tokenizer or (init and init["settings"].get("tokenizer")) or "bytes"
-    corpus = lg.load_corpus(args.data, args.tokenizer)
+    corpus = corpus or lg.load_corpus(args.data, args.tokenizer)
     for split in ("train", "val"):  # a text that is too short or a T that does not fit is found out here
         lg.TASKS[task][0](lg.Rows(corpus, split, 1, True, 0), T)
     make_folder(args.out)
