@@ -81,7 +81,10 @@ def parse_arguments(argv):
         help=f"optimizer steps (base {PRETRAIN['steps']}, after that {POSTTRAIN['steps']})",
     )
     p.add_argument(
-        "--lr", type=float, help=f"peak learning rate (base {PRETRAIN['lr']}, after that {POSTTRAIN['lr']})"
+        "--lr",
+        type=float,
+        help=f"peak learning rate (base {PRETRAIN['lr']}, after that {POSTTRAIN['lr']}, official sizes "
+        f"{POSTTRAIN_LARGE['lr']})",
     )
     p.add_argument("--batch", type=int, help="rows of a micro-batch, on each rank (64; official sizes 8)")
     p.add_argument(
