@@ -13,6 +13,7 @@ go to {out}/figures (on white, which reads on light and dark pages alike), every
 """
 
 import argparse
+import codecs
 import functools
 import glob
 import itertools
@@ -656,15 +657,12 @@ def reproduce(lab, names):
 
 def given_checkpoint(args, device):
     """poswise of one checkpoint, ours or another's: how it breaks past its training length."""
-    model = lg.LanguageModel.from_pretrained(args.init).to(device).eval()
-    settings = lg.load_checkpoint(args.init)["settings"]
+    checkpoint = lg.load_checkpoint(args.init)
+    settings = checkpoint["settings"]
+    model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
     T, task = args.T or settings["T"], args.task or settings["task"]
-    corpus = lg.load_corpus(args.data, args.tokenizer)
-    if corpus.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{args.init} knows {model.config.vocab_size} tokens, the corpus has {corpus.vocab_size}: "
-            "choose the --tokenizer that it was trained with"
-        )
+    corpus = lg.load_corpus(args.data, args.tokenizer or settings.get("tokenizer") or "bytes")
+    train.check_vocabulary(model, corpus, args.init)
     measured = lg.position_wise(model, task, corpus, T, args.windows, args.rows)
     train.make_folder(args.out)
     path = os.path.join(args.out, "poswise.png")
@@ -675,16 +673,20 @@ def given_checkpoint(args, device):
 
 
 def sample(args, device):
-    """Print what a checkpoint of bytes says after a prompt, as it says it."""
-    model = lg.LanguageModel.from_pretrained(args.init).to(device).eval()
-    bos = model.config.vocab_size - 2
-    if bos != 256:
-        raise ValueError(f"{args.init} does not read bytes, its vocabulary is {model.config.vocab_size}")
+    """Print what a checkpoint says after a prompt, as it says it."""
+    checkpoint = lg.load_checkpoint(args.init)
+    model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
+    encoding = lg.load_encoding(args.tokenizer or checkpoint["settings"].get("tokenizer") or "bytes")
+    corpus = lg.Corpus("the prompt", None, None, encoding.n_vocab, encoding.special)
+    train.check_vocabulary(model, corpus, args.init)
     torch.manual_seed(args.seed)
-    tokens = np.array([[bos, *args.prompt.encode()]])
+    tokens = np.array([[corpus.bos, *encoding.encode(args.prompt, disallowed_special=())]])
+    special = {corpus.bos: "<|bos|>", corpus.sep: "<|sep|>"}
+    letters = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may come in several tokens
     print(args.prompt, end="", flush=True)
     for token in lg.generate(model, tokens, args.tokens, args.temperature, args.top_k):
-        text = {256: "<|bos|>", 257: "<|sep|>"}.get(int(token)) or lg.decode(token)
+        token = int(token)
+        text = special.get(token) or letters.decode(encoding.decode_single_token_bytes(token))
         print(text, end="", flush=True)
     print()
 
@@ -705,9 +707,7 @@ def parse_arguments(argv):
     p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (that of the checkpoint)")
     p.add_argument("--T", type=int, help="with --init: its training length (that of the checkpoint)")
     p.add_argument("--data", nargs="+", metavar="PATH", help="with --init: text (the standard library)")
-    p.add_argument(
-        "--tokenizer", default="bytes", help="with --init: bytes or the name of a tiktoken encoding"
-    )
+    p.add_argument("--tokenizer", help="with --init: as in train.py (that of the checkpoint)")
     p.add_argument("--windows", type=int, default=64, help="with --init: length of the streams, in T")
     p.add_argument("--rows", type=int, default=64, help="with --init: how many streams")
     p.add_argument("--prompt", default="import os\n", help="sample: what comes first")

@@ -863,6 +863,7 @@ BYTES = tiktoken.Encoding(  # one token per byte of UTF-8; the pieces only bound
     mergeable_ranks={bytes([i]): i for i in range(256)},
     special_tokens={},
 )
+BYTES.special = ()  # ids of an encoding's own that can stand for bos and sep
 
 
 class HuggingFaceEncoding(tiktoken.Encoding):
@@ -906,7 +907,7 @@ class HuggingFaceEncoding(tiktoken.Encoding):
             mergeable_ranks=ranks,
             special_tokens={x["content"]: x["id"] for x in added},
         )
-        self.special = [x["id"] for x in added if x["special"]]
+        self.special = tuple(x["id"] for x in added if x["special"])
 
         def splitter(contents):  # longest first: tiktoken itself would cut a run of 24 spaces into 13 + 8 + 3
             contents = map(re.escape, sorted(contents, key=len, reverse=True))
@@ -966,8 +967,8 @@ def load_corpus(paths=None, tokenizer="bytes"):
     tokenizer: "bytes", the name of a tiktoken encoding ("gpt2", "o200k_base"), or a tokenizer.json, its
         folder or hub name; a .bin is tokenized already and takes only the special tokens from it
     """
-    encoding = BYTES if tokenizer == "bytes" else _named_encoding(tokenizer)
-    special = tuple(getattr(encoding, "special", ()))
+    encoding = load_encoding(tokenizer)
+    special = encoding.special
     if paths and any(p.endswith(".bin") for p in paths):
         return _load_bin(paths, encoding.n_vocab if special else None, special)
     documents = {text: key for key, text in sorted(_read_documents(paths)) if text}  # equal files once
@@ -993,19 +994,24 @@ def load_corpus(paths=None, tokenizer="bytes"):
     return Corpus(name, joined["train"], joined["val"], encoding.n_vocab, special)
 
 
-def _named_encoding(name):
+def load_encoding(name):
+    """The tiktoken.Encoding that load_corpus calls `tokenizer`; ValueError if there is none."""
+    if name == "bytes":
+        return BYTES
     file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
     if not os.path.exists(file) and HUB_NAME.fullmatch(name):
         file = fetch(name, "tokenizer.json") or name
     if os.path.isfile(file):
         return HuggingFaceEncoding(file)
     try:
-        return tiktoken.get_encoding(name)
+        encoding = tiktoken.get_encoding(name)
     except ValueError:
         raise ValueError(
             f"unknown tokenizer {name!r}, expected bytes or one of {tiktoken.list_encoding_names()} "
             "or a tokenizer.json"
         ) from None
+    encoding.special = ()
+    return encoding
 
 
 def _read_documents(paths):

@@ -427,6 +427,16 @@ def measure(model, folder, task, T, corpus):
     return measured
 
 
+def check_vocabulary(model, corpus, name):
+    """ValueError if the model `name` was trained with another tokenizer than the corpus was read with."""
+    # the padding of a vocabulary counts as words in transformers
+    if not 0 <= model.config.vocab_size - corpus.vocab_size < 128:
+        raise ValueError(
+            f"{name} knows {model.config.vocab_size} tokens, the corpus has {corpus.vocab_size}: "
+            "choose the --tokenizer that it was trained with"
+        )
+
+
 def main(argv=None, corpus=None):
     """Run one command line; ValueError if it is wrong. corpus: the one it names, if it is loaded already."""
     started = time.time()
@@ -469,12 +479,7 @@ def main(argv=None, corpus=None):
                     f"{value!r}: choose another --out or remove it"
                 )
         model = lg.LanguageModel.from_checkpoint(base).to(device)
-        # the padding of a vocabulary counts as words in transformers
-        if not 0 <= model.config.vocab_size - corpus.vocab_size < 128:
-            raise ValueError(
-                f"{base_folder} knows {model.config.vocab_size} tokens, the corpus has {corpus.vocab_size}: "
-                "choose the --tokenizer that it was trained with"
-            )
+        check_vocabulary(model, corpus, base_folder)
         say(f"base: {base_folder}, {'asked for' if init else 'found'}")
         if large:
             model.config.recompute = True

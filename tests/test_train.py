@@ -29,6 +29,7 @@ def out(tmp_path, monkeypatch):
     monkeypatch.setattr(lg, "position_wise", functools.partial(lg.position_wise, rows=2))
     monkeypatch.setitem(train.PRETRAIN, "steps", 2)
     monkeypatch.setitem(train.TINY, "mamba2", dict(d_model=8, n_layer=2, d_state=4, headdim=8))
+    monkeypatch.setitem(train.TINY, "mamba1", dict(d_model=8, n_layer=2, d_state=4))
     monkeypatch.setitem(train.TINY, "gla", dict(d_model=8, n_layer=2, num_heads=2))
     monkeypatch.chdir(tmp_path)
     words = np.random.default_rng(0).choice("one two three four five six seven".split(), 1000)
