@@ -114,7 +114,8 @@ class Run:
         a = train.parse_arguments(self.argv)
         steps = a.steps or (train.POSTTRAIN if a.intervention else train.PRETRAIN)["steps"]
         measured = (2 if a.intervention else 1) * 13e3 * 64  # tokens: train.py ends with loss by position
-        return steps * a.batch * (a.T or lg.TASKS[a.task][1]) / TRAIN_RATE + measured / READ_RATE
+        tokens = steps * (a.batch or train.POSTTRAIN["batch"]) * (a.T or lg.TASKS[a.task][1])
+        return tokens / TRAIN_RATE + measured / READ_RATE
 
 
 class MissingRuns(ValueError):

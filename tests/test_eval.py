@@ -417,6 +417,12 @@ def test_killed_and_started_again_reproduce_redoes_nothing_that_was_done(toys, t
     assert len(after) > len(done) and {f: after[f] for f in done} == done
 
 
+def test_the_budget_of_the_tiny_preset_is_under_an_hour():
+    runs = [run for group in ev.Lab("runs").planned(ev.TINY).values() for run in group]
+    measured = sum(minutes for _, _, minutes in ev.FIGURES.values())
+    assert 20 < sum(run.minutes for run in runs) + measured < 60
+
+
 def test_samples_are_words_after_the_prompt(reproduced, capsys):
     run = os.path.join(reproduced, "mamba2-echo-base-s0")
     arguments = [
