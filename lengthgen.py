@@ -809,7 +809,7 @@ def zero(state, stats, rng):
     return map_state(torch.zeros_like, state)
 
 
-def random_noise(state, stats, rng, std=0.1):
+def random_noise(state, stats, rng, std=1.0):
     """IID N(0, std^2), the same std in every layer and head."""
     return map_state(lambda x: std * normal_like(x, rng), state)
 

@@ -103,7 +103,7 @@ def parse_arguments(argv):
         type=float,
         help="probability that a row starts from zeros all the same (0.5; official sizes 0, as in the paper)",
     )
-    p.add_argument("--noise-std", type=float, default=0.1, help="standard deviation of random_noise")
+    p.add_argument("--noise-std", type=float, default=1.0, help="standard deviation of random_noise")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument(
