@@ -140,17 +140,8 @@ class Lab:
     def run(self, experiment, kind, seed):
         e = PRESETS[self.preset][0][experiment]
         parent = self.out if experiment == e.task else os.path.join(self.out, experiment)
-        argv = [
-            "--model",
-            self.model,
-            "--task",
-            e.task,
-            "--seed",
-            str(seed),
-            "--out",
-            parent,
-            *e.both.split(),
-        ]
+        argv = f"--model {self.model} --task {e.task} --seed {seed}".split()
+        argv += ["--out", parent, *e.both.split()]
         needs = None
         if e.init:
             needs = self.run(*e.init, seed)
@@ -199,10 +190,7 @@ class Lab:
         """function(model, T, **settings), kept in the run's folder as eval-{name}.json and read from there if
         that is younger than the checkpoint and was made with the same settings."""
         settings = json.loads(json.dumps(PRESETS[self.preset][1].get(name, {})))
-        file, checkpoint = (
-            os.path.join(run.folder, f"eval-{name}.json"),
-            os.path.join(run.folder, lg.CHECKPOINT),
-        )
+        file, checkpoint = (os.path.join(run.folder, f) for f in (f"eval-{name}.json", lg.CHECKPOINT))
         again = f"python eval.py --out {self.out} --model {self.model}"
         kept = read_json(file, again) if os.path.exists(file) else {}
         if not (

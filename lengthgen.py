@@ -858,10 +858,7 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
 # Corpus: documents -> tokens. Every document starts with the token <|bos|>, in training as in a long stream.
 
 BYTES = tiktoken.Encoding(  # one token per byte of UTF-8; the pieces only bound the work per piece
-    "bytes",
-    pat_str=r"(?s:.{1,16})",
-    mergeable_ranks={bytes([i]): i for i in range(256)},
-    special_tokens={},
+    "bytes", pat_str=r"(?s:.{1,16})", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
 )
 BYTES.special = ()  # ids of an encoding's own that can stand for bos and sep
 

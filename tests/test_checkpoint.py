@@ -207,10 +207,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(
-    "name, format",
-    [(name, format) for format, name in lg.KINDS.values()],
-)
+@pytest.mark.parametrize("name, format", [(name, format) for format, name in lg.KINDS.values()])
 def test_saving_and_loading_changes_no_value_and_keeps_the_stored_dtype(name, format, dtype, tmp_path):
     first = make_model(name, **OURS[name]).to(getattr(torch, dtype)).float()
     first.save_pretrained(str(tmp_path / "a"), format, dtype=getattr(torch, dtype))
@@ -311,10 +308,7 @@ class Bomb:
         ),
         (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is no JSON object or cut off"),
         (lambda f: (f / "config.json").unlink(), "no checkpoint at .*expected checkpoint.pt, or config.json"),
-        (
-            lambda f: os.truncate(f / "pytorch_model.bin", 3000),
-            "pytorch_model.bin' is not a .*, cut off",
-        ),
+        (lambda f: os.truncate(f / "pytorch_model.bin", 3000), "pytorch_model.bin' is not a .*, cut off"),
         (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "pytorch_model.bin' is not a checkpoint"),
         (lambda f: torch.save({NAME: Bomb()}, f / "pytorch_model.bin"), "pytorch_model.bin' is not .*unsafe"),
         (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())), "pytorch_model.bin' is not"),

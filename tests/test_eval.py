@@ -425,19 +425,8 @@ def test_the_budget_of_the_tiny_preset_is_under_an_hour():
 
 def test_samples_are_words_after_the_prompt(reproduced, capsys):
     run = os.path.join(reproduced, "mamba2-echo-base-s0")
-    arguments = [
-        "sample",
-        "--init",
-        run,
-        "--prompt",
-        "def f(",
-        "--tokens",
-        "20",
-        "--device",
-        "cpu",
-        "--top-k",
-        "5",
-    ]
+    options = "--tokens 20 --device cpu --top-k 5".split()
+    arguments = ["sample", "--init", run, "--prompt", "def f(", *options]
     ev.main(arguments)
     said = capsys.readouterr().out
     ev.main(arguments)
