@@ -413,7 +413,7 @@ class LanguageModel(nn.Module):
                 )
         for name, x in weights.items():
             weights[name] = x.detach().to("cpu", dtype).contiguous()
-            if not weights[name].isfinite().all():
+            if not finite(weights[name]):
                 raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
         file, write = (
             ("pytorch_model.bin", torch.save) if format == "mamba_ssm" else (WEIGHTS[0], write_safetensors)
@@ -595,21 +595,21 @@ def parse_json(data, file):
         raise ValueError(f"{file} is no JSON object or cut off, fetch it again") from None
 
 
-def unpickle(file, mmap):
+def unpickle(file):
     """The dictionary in a file of torch.save; executes nothing."""
     try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a foreign or cut-off file makes of the unpickler
         kind = "checkpoint of train.py or mamba_ssm"
         raise ValueError(f"{file!r} is not a {kind}, cut off or unsafe ({type(error).__name__})") from None
 
 
 def read_weights(file):
-    """{name: tensor} of a .safetensors, an index.json of several, or a .bin; memory-mapped."""
+    """{name: tensor} of a .safetensors, an index.json of several, or a .bin."""
     if file.endswith(".safetensors"):
         return read_safetensors(file)
     if file.endswith(".bin"):
-        return unpickle(file, mmap=True)
+        return unpickle(file)
     folder, weights = os.path.dirname(file), {}
     for shard in shards(file):
         weights |= read_safetensors(os.path.join(folder, shard))
@@ -675,7 +675,7 @@ def load_checkpoint(name_or_folder):
     folder, given = (path, None) if os.path.isdir(path) else os.path.split(path)
     file = os.path.join(folder, given or CHECKPOINT)
     if os.path.isfile(file) and not file.endswith((".safetensors", ".json", ".bin")):
-        checkpoint = unpickle(file, mmap=False)
+        checkpoint = unpickle(file)
         if not checkpoint.keys() >= {"config", "model"}:
             raise ValueError(f"{file!r} is not a checkpoint of train.py")
         check_weights(checkpoint["config"], checkpoint["model"], file)
@@ -729,11 +729,16 @@ def check_weights(config, weights, file):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.shape != shape:
             found = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"{file}: {name} is {found}, expected {shape} of a float dtype")
-        if not x.isfinite().all():
+        if not finite(x):
             raise ValueError(f"{file}: {name} has numbers that are not finite, fetch it again")
     if config.tie_embeddings and not weights["lm_head.weight"].equal(weights[embedding]):
         raise ValueError(f"{file}: lm_head.weight differs from the embedding that its settings tie it to")
     return config
+
+
+def finite(x):
+    """Whether all of x is; without copies as large as x, which x.isfinite() makes."""
+    return all(math.isfinite(extreme) for extreme in x.aminmax())
 
 
 def embedding_name(config):
