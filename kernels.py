@@ -153,12 +153,12 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         v_out = v * to_end.exp()[..., None]
         keep = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, R, 1)
 
-    added = (k_out.transpose(-1, -2) @ v_out.flatten(4)).unflatten(4, (R, V))  # (B, n, G, K, R, V)
-    entering = []
-    for keep_i, added_i in zip(keep.unbind(1), added.unbind(1), strict=True):
-        entering.append(S)
-        S = torch.addcmul(added_i, keep_i, S)
-    before = (q_in @ torch.stack(entering, 1).flatten(4)).unflatten(4, (R, V))  # (B, n, G, L, R, V)
+    before = []
+    for q_i, k_i, v_i, keep_i in zip(*(x.unbind(1) for x in (q_in, k_out, v_out, keep)), strict=True):
+        before.append(q_i @ S.flatten(3))  # (B, G, L, R * V)
+        added = (k_i.transpose(-1, -2) @ v_i.flatten(3)).unflatten(3, (R, V))  # (B, G, K, R, V)
+        S = torch.addcmul(added, keep_i, S)
+    before = torch.stack(before, 1).unflatten(4, (R, V))  # (B, n, G, L, R, V)
     inside = (scores @ v.transpose(3, 4)).transpose(3, 4)
     o = inside + before if vector else torch.addcmul(inside, before, b.exp()[..., None])
     o = o.transpose(2, 3).reshape(B, n * L, H, V)[:, pad:]
