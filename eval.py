@@ -4,6 +4,7 @@
     python eval.py                                 draw all that the runs found allow
     python eval.py poswise effrem                  draw these
     python eval.py poswise --init RUN --data PATH  how a given checkpoint breaks past its training length
+    python eval.py babilong --init RUN --data PATH accuracy on the published BABILong files
     python eval.py sample --init RUN --prompt "import os"
 
 Runs are the folders of train.py under --out. Every measurement is kept beside its checkpoint as one JSON
@@ -20,22 +21,19 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import lengthgen as lg
 import train
+from train import curve, dress, keep, label, middles, page
 
 # --------------------------------------------------------------------------------------------------
 # What is trained. A preset names its experiments; an experiment is a task and some kinds of runs on it.
@@ -51,9 +49,8 @@ class Experiment:
     init: tuple = ()  # (experiment, kind) whose checkpoint everything starts from instead of an own base
 
 
-ECHO = ("base", "zero", "random_noise", "fitted_noise", "state_passing-scan", "state_passing", "tbtt")
 TINY = {
-    "echo": Experiment("echo", ECHO),
+    "echo": Experiment("echo", ("base", *lg.INTERVENTIONS, "state_passing-scan")),
     "text": Experiment("text", ("base", "zero", "state_passing"), "--T 64", "--steps 1000", "--steps 200"),
     # pre-trained no longer than it takes: later on the base learns to drop the string before by itself
     "copy": Experiment(
@@ -141,14 +138,14 @@ class Lab:
     def run(self, experiment, kind, seed):
         e = PRESETS[self.preset][0][experiment]
         parent = self.out if experiment == e.task else os.path.join(self.out, experiment)
-        argv = f"--model {self.model} --task {e.task} --seed {seed}".split()
-        argv += ["--out", parent, *e.both.split()]
+        argv = ["--task", e.task, "--seed", str(seed), "--out", parent, *e.both.split()]
         needs = None
         if e.init:
             needs = self.run(*e.init, seed)
             argv += ["--init", needs.folder]
-        elif kind != "base":
-            needs = self.run(experiment, "base", seed)
+        else:
+            argv += ["--model", self.model]
+            needs = self.run(experiment, "base", seed) if kind != "base" else None
         if kind == "base":
             argv += e.base.split()
         else:
@@ -227,43 +224,7 @@ def read_json(file, again):
 
 
 # --------------------------------------------------------------------------------------------------
-# The look of every picture: the paper's axes, base and control solid, what was cured dashed
-
-
-LABELS = {"base": "base", "zero": "control (no intervention)", "tbtt": "TBTT"}
-
-
-def label(kind):
-    return LABELS.get(kind, kind.replace("_", " ").replace("-scan", ", scan alone"))
-
-
-def page(columns, width=4.4, height=3.6, **kwargs):
-    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, **kwargs)
-    return figure, list(axes[0])
-
-
-def curve(axis, x, seeds, kind):
-    """The mean over seeds (n_seeds, n) and, shaded, from the lowest to the highest."""
-    y = np.array(seeds, dtype=float)
-    colour = train.COLOURS[kind.removesuffix("-scan")]
-    style = "-" if kind in ("base", "zero") else ":" if kind.endswith("-scan") else "--"
-    axis.plot(x, y.mean(0), style, color=colour, marker="o", markersize=3, label=label(kind))
-    if len(y) > 1:
-        axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0)
-
-
-def dress(axis, T, title, xlabel, ylabel="", logy=True):
-    axis.axvline(T, linestyle=":", color="black", linewidth=1)
-    axis.text(T, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
-    axis.set_xscale("log", base=2)
-    if logy:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.3)
+# The figures. Each takes (lab, path of its picture) and returns its lines of the summary: {what: number}
 
 
 def heat(axis, values, rows, columns, title, highest, form="{:.2f}"):
@@ -278,24 +239,6 @@ def heat(axis, values, rows, columns, title, highest, form="{:.2f}"):
     axis.set_title(title, fontsize=10)
 
 
-def keep(figure, path, title):
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    save = functools.partial(figure.savefig, dpi=150, format="png", facecolor="white")
-    train.write_atomically(path, save)
-    plt.close(figure)
-
-
-def middles(edges):
-    """Where a range of positions is drawn: its geometric middle; the first begins at half its end."""
-    edges = np.array(edges, dtype=float)
-    return np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
-
-
-# --------------------------------------------------------------------------------------------------
-# The figures. Each takes (lab, path of its picture) and returns its lines of the summary: {what: number}
-
-
 def losses(lab, runs, name="poswise"):
     """Per seed the result of lengthgen.position_wise on the task of the runs."""
     task = PRESETS[lab.preset][0][runs[0].experiment].task
@@ -306,15 +249,8 @@ def losses(lab, runs, name="poswise"):
     return [lab.measure(run, name, function) for run in runs]
 
 
-def mean_loss(measured, part, low, high=math.inf):
-    """Over the seeds (n,): mean loss of the targets at low*T to high*T, in nats."""
-    means = []
-    for m in measured:
-        loss, count = (np.array(m["parts"][part][x]) for x in ("loss", "count"))
-        edges = np.array(m["edges"]) / m["T"]
-        chosen = (edges[:-1] >= low) & (edges[1:] <= high)
-        means.append((loss * count)[chosen].sum() / count[chosen].sum())
-    return np.array(means)
+def mean_losses(measured, part, low, high=math.inf):
+    return np.array([train.mean_loss(m, part, low, high) for m in measured])
 
 
 def poswise(lab, path):
@@ -346,7 +282,7 @@ def poswise(lab, path):
             dress(axis, T, title, "position (tokens)", "perplexity")
             for where, low, high in (("inside T", 0, 1), ("beyond 64 T", 64, math.inf)):
                 what = f"{task}, {part} part, {label(kind)}: loss {where}"
-                summary[what] = mean_loss(measured, part, low, high).mean()
+                summary[what] = mean_losses(measured, part, low, high).mean()
         if task == "text":
             gaps = [lab.measure(run, "gap", gap) for run in runs]
             edges = gaps[0]["edges"]
@@ -375,9 +311,10 @@ def interventions(lab, path):
                 kind,
             )
             for where, low, high in (("inside T", 0, 1), ("beyond 4 T", 4, math.inf)):
-                means = mean_loss(measured, part, low, high)
+                means = mean_losses(measured, part, low, high)
                 summary[f"{part} part, {label(kind)}: loss {where}"] = means.mean()
-                summary[f"{part} part, {label(kind)}: loss {where}, highest minus lowest"] = np.ptp(means)
+                if len(means) > 1:
+                    summary[f"{part} part, {label(kind)}: loss {where}, highest minus lowest"] = np.ptp(means)
         dress(axis, measured[0]["T"], f"echo: {train.PART_MEANING[part]}", "position (tokens)", "perplexity")
     axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     n = len(lab.seeds)
@@ -404,6 +341,8 @@ def state(lab, path):
         T, at = measured[0]["T"], measured[0]["at"]
         curve(axes[0], at, [m["full"] for m in measured], kind)
         first = at.index(T)
+        full = np.mean([m["full"][-1] / m["full"][first] for m in measured])
+        summary[f"{label(kind)}: std of the full state at {at[-1] // T} T over that at T"] = full
         growth = [np.array(m["layers"][-1]) / np.array(m["layers"][first]) for m in measured]
         growths[kind] = np.mean([np.array(m["heads"][-1]) / m["heads"][first] for m in measured], axis=0)
         for i, g in enumerate(np.mean(growth, axis=0)):
@@ -512,7 +451,10 @@ def babilong(lab, path):
     def function(model, T, rows, lengths, examples):
         T = lg.TASKS["babilong"][1]  # few-shot the checkpoint's own T is that of another task
         accuracy = [
-            [lg.babilong_accuracy(model, lab.corpus, T * n, qa, rows, examples) for n in lengths]
+            [
+                lg.babilong_accuracy(model, *lg.babilong_prompts(lab.corpus, T * n, qa, rows, examples), qa)
+                for n in lengths
+            ]
             for qa in range(1, 6)
         ]
         return dict(T=T, lengths=lengths, accuracy=accuracy)
@@ -546,7 +488,7 @@ def sweep(lab, path):
     names = [name for name in PRESETS[lab.preset][0] if name == "echo" or name.startswith("sweep/")]
     for (name, _), runs in lab.runs(*names, kinds=("base",)).items():
         measured = losses(lab, runs, "sweep")
-        worse = mean_loss(measured, "text", 4) - mean_loss(measured, "text", 0, 1)
+        worse = mean_losses(measured, "text", 4) - mean_losses(measured, "text", 0, 1)
         steps = lg.load_checkpoint(runs[0].folder)["settings"]["steps"]
         for what, x in (("steps", steps), ("T", measured[0]["T"])):
             if name == "echo" or name.startswith(f"sweep/{what}"):
@@ -563,7 +505,7 @@ def sweep(lab, path):
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
         summary |= {f"loss beyond 4 T minus inside T, {what} = {a}": b for a, b in zip(x, y, strict=True)}
-    axes[0].set_ylabel("text loss beyond 4 T minus inside T (nats)")
+    axes[0].set_ylabel("text loss beyond 4 T above T (nats)")
     axes[0].set_title("longer training, the same T", fontsize=10)
     axes[1].set_title("longer T, as many tokens", fontsize=10)
     keep(figure, path, f"Unexplored states: when does {lab.model} break?")
@@ -651,52 +593,89 @@ def given_checkpoint(args, device):
     settings = checkpoint["settings"]
     model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
     T, task = args.T or settings["T"], args.task or settings["task"]
-    corpus = lg.load_corpus(args.data, args.tokenizer or settings.get("tokenizer") or "bytes")
+    tokenizer = args.tokenizer or settings.get("tokenizer") or "bytes"
+    corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
     train.check_vocabulary(model, corpus, args.init)
-    measured = lg.position_wise(model, task, corpus, T, args.windows, args.rows)
     train.make_folder(args.out)
-    path = os.path.join(args.out, "poswise.png")
-    train.print_table({args.init: measured})
-    train.draw_position_wise({args.init: measured}, path, f"{args.init} on {task}")
-    train.write_json(os.path.join(args.out, "poswise.json"), dict(measured, command=" ".join(sys.argv)))
-    print(f"picture: {path}")
+    progress = train.Progress("loss by position")
+    measured = lg.position_wise(model, task, corpus, T, args.windows, args.rows, progress=progress)
+    path = os.path.join(args.out, f"poswise-{name_of(args.init)}")
+    train.print_table({"base": measured})
+    train.draw_position_wise({"base": measured}, f"{path}.png", f"{args.init} on {task}")
+    train.write_json(f"{path}.json", dict(measured, command=" ".join(sys.argv)))
+    print(f"picture: {path}.png")
+
+
+def name_of(checkpoint):
+    """The last part of a path or of a hub name: for the names of files."""
+    return os.path.basename(os.path.abspath(checkpoint))
+
+
+def load_speaker(args, device):
+    """The model of --init, its encoding, and a corpus of nothing but the special tokens."""
+    checkpoint = lg.load_checkpoint(args.init)
+    model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
+    encoding = lg.load_encoding(args.tokenizer or checkpoint["settings"].get("tokenizer") or "bytes")
+    corpus = lg.Corpus("what is said to it", None, None, encoding.n_vocab, encoding.special)
+    train.check_vocabulary(model, corpus, args.init)
+    return model, encoding, corpus
+
+
+def given_babilong(args, device):
+    """Accuracy of one checkpoint on published BABILong files: --data with qa1 to qa5 in their paths."""
+    found = [
+        glob.glob(os.path.join(p, "**", "*.json"), recursive=True) if os.path.isdir(p) else [p]
+        for p in args.data
+    ]
+    files = {f: int(m[1]) for f in sorted(itertools.chain(*found)) if (m := re.search(r"qa([1-5])(?!\d)", f))}
+    if not files:
+        raise ValueError(f"no file with qa1 to qa5 in its path in {' '.join(args.data)}")
+    model, encoding, corpus = load_speaker(args, device)
+    train.make_folder(args.out)
+
+    def decode(tokens):
+        return encoding.decode([int(x) for x in tokens if x < encoding.n_vocab])
+
+    accuracy = {}
+    for i, (file, qa) in enumerate(files.items()):
+        asked = lg.babilong_published(file, encoding, corpus.bos, args.rows)
+        accuracy[file] = lg.babilong_accuracy(model, *asked, qa, decode)
+        print(f"[{i + 1}/{len(files)}] {file}: {accuracy[file]:.3f} of {len(asked[0])}", flush=True)
+    path = os.path.join(args.out, f"babilong-{name_of(args.init)}.json")
+    train.write_json(path, dict(accuracy=accuracy, command=" ".join(sys.argv)))
+    print(f"numbers: {path}")
 
 
 def sample(args, device):
     """Print what a checkpoint says after a prompt, as it says it."""
-    checkpoint = lg.load_checkpoint(args.init)
-    model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
-    encoding = lg.load_encoding(args.tokenizer or checkpoint["settings"].get("tokenizer") or "bytes")
-    corpus = lg.Corpus("the prompt", None, None, encoding.n_vocab, encoding.special)
-    train.check_vocabulary(model, corpus, args.init)
+    model, encoding, corpus = load_speaker(args, device)
     torch.manual_seed(args.seed)
     tokens = np.array([[corpus.bos, *encoding.encode(args.prompt, disallowed_special=())]])
     special = {corpus.bos: "<|bos|>", corpus.sep: "<|sep|>"}
     letters = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may come in several tokens
-    print(args.prompt, end="", flush=True)
-    for token in lg.generate(model, tokens, args.tokens, args.temperature, args.top_k):
+    for i, token in enumerate(lg.generate(model, tokens, args.tokens, args.temperature, args.top_k)):
         token = int(token)
-        text = special.get(token) or letters.decode(encoding.decode_single_token_bytes(token))
-        print(text, end="", flush=True)
+        text = special.get(token, "")
+        if token not in special and token < encoding.n_vocab:  # what is neither is padding of the vocabulary
+            text = letters.decode(encoding.decode_single_token_bytes(token))
+        print(args.prompt * (i == 0) + text, end="", flush=True)
     print()
 
 
 def parse_arguments(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise ValueError(message)
-
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="*", help=f"reproduce, sample, or some of {', '.join(FIGURES)} (all)")
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--model", default="mamba2", choices=train.TINY)
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="what reproduce trains and measures")
     p.add_argument("--seeds", type=int, help="how many (reproduce: 1; drawing: all there are)")
     p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
-    p.add_argument("--init", metavar="RUN", help="poswise and sample: this checkpoint")
+    p.add_argument("--init", metavar="RUN", help="poswise, babilong, sample: of this checkpoint")
     p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (that of the checkpoint)")
     p.add_argument("--T", type=int, help="with --init: its training length (that of the checkpoint)")
-    p.add_argument("--data", nargs="+", metavar="PATH", help="with --init: text (the standard library)")
+    p.add_argument(
+        "--data", nargs="+", metavar="PATH", help="with --init: text (the standard library), or BABILong"
+    )
     p.add_argument("--tokenizer", help="with --init: as in train.py (that of the checkpoint)")
     p.add_argument("--windows", type=int, default=64, help="with --init: length of the streams, in T")
     p.add_argument("--rows", type=int, default=64, help="with --init: how many streams")
@@ -710,6 +689,11 @@ def parse_arguments(argv):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature must be finite and not negative, got {args.temperature}")
+    for name in ("task", "T", "data", "tokenizer"):
+        if getattr(args, name) and not args.init:
+            raise ValueError(f"--{name} goes with --init RUN, figures of own runs need none")
     for name in args.what:
         if name not in (*FIGURES, "reproduce", "sample"):
             raise ValueError(
@@ -724,12 +708,14 @@ def main(argv=None):
     if "sample" in args.what or args.init:
         if not args.init:
             raise ValueError("sample needs a checkpoint: give --init RUN, the folder of a run of train.py")
-        if args.what not in (["sample"], ["poswise"]):
+        single = {"sample": sample, "poswise": given_checkpoint, "babilong": given_babilong}
+        if len(args.what) != 1 or args.what[0] not in single:
             raise ValueError(
-                f"--init goes with sample or poswise alone, got {' '.join(args.what) or 'nothing'}"
+                f"--init goes with one of {', '.join(single)}, got {' '.join(args.what) or 'nothing'}"
             )
-        device = train.choose_device(args.device)
-        return (sample if args.what == ["sample"] else given_checkpoint)(args, device)
+        if args.what == ["babilong"] and not args.data:
+            raise ValueError("babilong of a checkpoint needs --data, the published files or their folder")
+        return single[args.what[0]](args, train.choose_device(args.device))
     lab = Lab(args.out, args.model, preset=args.preset)
     if "reproduce" in args.what:
         train.make_folder(args.out)
@@ -761,11 +747,4 @@ def seeds_found(out, model):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+    train.run_command(main)

@@ -113,6 +113,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     No exponent is positive, so nothing overflows at any decay. Plain autograd. Shapes as at the file's top.
     """
     B, T, G, H, K, V = _check(q, k, v, log_a, state)
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected at least 1")
     dtype, out_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
     vector = log_a.dim() == 4
     if vector and G < H:  # heads that share q and k decay apart, channel by channel

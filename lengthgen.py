@@ -12,6 +12,7 @@ interventions, the text and the tasks, and the measures. The recurrence itself i
 import functools
 import glob
 import http.client
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import sysconfig
 import unicodedata
 import urllib.request
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from kernels import scan
+from kernels import BACKENDS, scan
 
 # --------------------------------------------------------------------------------------------------
 # Models. Names of weights and of settings are those of the official checkpoints.
@@ -74,6 +75,13 @@ class ModelConfig:
         for name, value in OFFICIAL[self.layer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), {int: int, float: (int, float)}
+            kind = next((kinds[x] for x in kinds if field.type in (x, x | None)), None)
+            if kind and value is not None and not (isinstance(value, kind) and value > 0):
+                raise ValueError(f"{field.name} is {value!r}, expected a positive {field.type}")
+        if self.backend not in (None, *BACKENDS):
+            raise ValueError(f"unknown backend {self.backend!r}, expected one of {', '.join(BACKENDS)}")
         if self.dt_rank is None:
             self.dt_rank = math.ceil(self.d_model / 16)
 
@@ -348,8 +356,10 @@ class LanguageModel(nn.Module):
         return [layer.zero_state(B) for layer in getattr(self, trunk)["layers"]]
 
     def forward(self, tokens, state=None):
-        if tokens.dim() != 2 or tokens.shape[1] < 1:
-            raise ValueError(f"tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens must be int64, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
+        if tokens.dim() != 2 or not tokens.numel():
+            raise ValueError(f"tokens must be (B, T) with B, T >= 1, got {tuple(tokens.shape)}")
         C = self.config.vocab_size
         # on a GPU this look would wait for the device at every step, and the embedding asserts there anyway
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -411,14 +421,21 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     f"{format} has no setting for {field} {getattr(c, field)}, choose another format"
                 )
+        if dtype not in SAFETENSORS.values():
+            raise ValueError(f"dtype is {dtype}, expected a floating-point one of 16 to 64 bits")
         for name, x in weights.items():
             weights[name] = x.detach().to("cpu", dtype).contiguous()
             if not finite(weights[name]):
                 raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
-        file, write = (
-            ("pytorch_model.bin", torch.save) if format == "mamba_ssm" else (WEIGHTS[0], write_safetensors)
-        )
-        file, config_file = os.path.join(folder, file), os.path.join(folder, "config.json")
+        name, write = ("pytorch_model.bin", torch.save)
+        if format != "mamba_ssm":
+            name, write = (WEIGHTS[0], write_safetensors)
+        for other in {CHECKPOINT, *WEIGHTS} - {name}:
+            if os.path.exists(os.path.join(folder, other)):
+                raise ValueError(
+                    f"{folder!r} holds {other}, which would be read instead: choose another folder"
+                )
+        file, config_file = os.path.join(folder, name), os.path.join(folder, "config.json")
         try:
             os.makedirs(folder, exist_ok=True)
             write(weights, f"{file}.tmp")
@@ -430,15 +447,26 @@ class LanguageModel(nn.Module):
 
 
 def check_state(state, zeros):
-    """Raise a ValueError unless `state` has the layers and shapes of `zeros`; return it."""
+    """Raise a ValueError unless `state` has the layers, shapes and dtypes of `zeros`; return it."""
+    try:
+        state = [LayerState(*layer) for layer in state]
+    except TypeError:
+        raise ValueError(f"state is a {type(state).__name__}, expected a list of LayerState") from None
     if len(state) != len(zeros):
         raise ValueError(f"state has {len(state)} layers, expected {len(zeros)}")
     for i, (given, wanted) in enumerate(zip(state, zeros, strict=True)):
         for name, x, zero in zip(LayerState._fields, given, wanted, strict=True):
-            shape = None if x is None else tuple(x.shape)
+            shape = tuple(x.shape) if isinstance(x, torch.Tensor) else x
             expected = None if zero is None else tuple(zero.shape)
             if shape != expected:
                 raise ValueError(f"state[{i}].{name} has shape {shape}, expected {expected}")
+            if x is None:
+                continue
+            # autocast computes the convolution's inputs in a dtype of its own; S keeps float32 even there
+            other = name == "conv" and torch.is_autocast_enabled(x.device.type)
+            if x.device != zero.device or (x.dtype != zero.dtype and not other):
+                found, fit = (f"{y.dtype} on {y.device}" for y in (x, zero))
+                raise ValueError(f"state[{i}].{name} is {found}, expected {fit}")
     return state
 
 
@@ -521,7 +549,7 @@ def foreign_config(settings, file):
     if not isinstance(ssm, dict):
         raise ValueError(f"{file}: ssm_cfg is {ssm!r}, expected a JSON object")
     flat = {k: v for k, v in settings.items() if k != "ssm_cfg"} | {f"ssm_cfg.{k}": v for k, v in ssm.items()}
-    kind = flat.get("model_type") or flat.pop("ssm_cfg.layer", "Mamba1")
+    kind = str(flat.get("model_type") or flat.pop("ssm_cfg.layer", "Mamba1"))
     if kind not in KINDS or not {"d_model", "hidden_size"} & flat.keys():
         raise ValueError(f"{file}: unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
     format, layer = KINDS[kind]
@@ -676,7 +704,7 @@ def load_checkpoint(name_or_folder):
     file = os.path.join(folder, given or CHECKPOINT)
     if os.path.isfile(file) and not file.endswith((".safetensors", ".json", ".bin")):
         checkpoint = unpickle(file)
-        if not checkpoint.keys() >= {"config", "model"}:
+        if not all(isinstance(checkpoint.get(x), dict) for x in ("config", "model", "settings")):
             raise ValueError(f"{file!r} is not a checkpoint of train.py")
         check_weights(checkpoint["config"], checkpoint["model"], file)
         return checkpoint
@@ -847,6 +875,8 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
     """
     if carry not in ("full", "scan"):
         raise ValueError(f"unknown carry {carry!r}, expected full or scan")
+    if not 0 <= zero_prob <= 1:
+        raise ValueError(f"zero_prob is {zero_prob}, expected 0 to 1")
     state = map_state(torch.Tensor.detach, state)
     stats.update(state)
     state = function(state, stats, rng)
@@ -961,18 +991,23 @@ class Corpus:
         return max(self.words, self.bos + 1, self.sep + 1)
 
 
-def load_corpus(paths=None, tokenizer="bytes"):
+def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     """Read text and tokenize it. Raises ValueError for a path that is missing, a corpus that is empty.
 
     paths: None for the Python standard library of this machine, else a list of files, folders or globs:
         text, .jsonl with a "text" field, or one nanoGPT-style .bin of uint16 tokens
     tokenizer: "bytes", the name of a tiktoken encoding ("gpt2", "o200k_base"), or a tokenizer.json, its
-        folder or hub name; a .bin is tokenized already and takes only the special tokens from it
+        folder or hub name; a .bin is tokenized already and takes only the vocabulary from it
+    vocab_size: of the model that is to read a .bin of an unknown tokenizer ("bytes"); None: as in the .bin
     """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    paths = paths and [os.fspath(path) for path in paths]
     encoding = load_encoding(tokenizer)
     special = encoding.special
     if paths and any(p.endswith(".bin") for p in paths):
-        return _load_bin(paths, encoding.n_vocab if special else None, special)
+        words = encoding.n_vocab if tokenizer != "bytes" else vocab_size and vocab_size - 2
+        return _load_bin(paths, words, special)
     documents = {text: key for key, text in sorted(_read_documents(paths)) if text}  # equal files once
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {paths or 'the standard library'}")
@@ -1012,6 +1047,8 @@ def load_encoding(name):
             f"unknown tokenizer {name!r}, expected bytes or one of {tiktoken.list_encoding_names()} "
             "or a tokenizer.json"
         ) from None
+    except OSError as error:
+        raise ValueError(f"the tokenizer {name!r} cannot be fetched: {type(error).__name__}") from None
     encoding.special = ()
     return encoding
 
@@ -1060,8 +1097,14 @@ def _load_bin(paths, words, special):
     if size % 2:
         raise ValueError(f"{paths[0]} has {size} bytes, an odd number, so it is no .bin of uint16")
     tokens = np.memmap(paths[0], dtype=np.uint16, mode="r")
+    highest = int(tokens.max())
+    words = words or highest + 1
+    if highest >= max(words, *special, 0):
+        raise ValueError(
+            f"{paths[0]} has a token {highest}, which is outside the vocabulary of {words} words"
+        )
     cut = len(tokens) - len(tokens) // 10
-    return Corpus(paths[0], tokens[:cut], tokens[cut:], max(words or 0, int(tokens.max()) + 1), special)
+    return Corpus(paths[0], tokens[:cut], tokens[cut:], words, special)
 
 
 class Rows:
@@ -1254,6 +1297,8 @@ EVENTS = {1: 3, 2: 5, 3: 7, 5: 5}  # in a story
 
 def babi(qa, rng):
     """One story of bAbI task qa (1 to 5): facts (list of sentences), question, answer. Our own generator."""
+    if qa not in range(1, 6):
+        raise ValueError(f"qa is {qa}, expected 1 to 5")
 
     def pick(xs):
         return list(xs)[int(torch.randint(len(xs), (), generator=rng))]
@@ -1323,10 +1368,14 @@ def babilong(rows, T, qa=None):
     part = np.zeros((rows.B, T), dtype=np.int8)
     background = rows.take(T)
     for b in range(rows.B):
-        n = -1
-        while n < 0:
-            facts, question, answer = babi(qa or 1 + int(torch.randint(5, (), generator=rows.rng)), rows.rng)
+        for _ in range(100):
+            drawn = 1 + int(torch.randint(5, (), generator=rows.rng)) if qa is None else qa
+            facts, question, answer = babi(drawn, rows.rng)
             n = T - 1 - sum(len(f) + 1 for f in facts) - len(f"{question} {answer}.")
+            if n >= 0:
+                break
+        else:
+            raise ValueError(f"T is {T}, too short for the stories of babilong: give it about 256")
         places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.tolist()
         lines = np.flatnonzero(background[b, :n] == ord("\n")) + 1  # places move on to the end of their line
         places = [int(lines[lines >= p][0]) if (lines >= p).any() else n for p in places]
@@ -1372,15 +1421,18 @@ def masked_loss(logits, targets, part):
 
 
 @torch.no_grad()
-def streaming_loss(model, tokens, bins, segment=1024, state=None):
+def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None):
     """Sum of losses (nats, float64) and number of targets per bin, streaming: memory is that of a segment.
 
     tokens (B, N+1) integers, NumPy or memory-mapped: inputs are all but the last column, targets all but
         the first, each counted once; document boundaries are tokens like any other, here as in training
     bins (N,) or (B, N) integers: the bin that each target is counted in, -1 for none
+    progress: a function of the share that is done, called after each segment
 
     The result does not depend on `segment`. Cross-entropy in float32 (float64 if the model is).
     """
+    if segment < 1:
+        raise ValueError(f"segment must be positive, got {segment}")
     n_bins = int(bins.max()) + 1
     total = torch.zeros(n_bins, dtype=torch.float64)
     count = torch.zeros(n_bins, dtype=torch.int64)
@@ -1396,6 +1448,8 @@ def streaming_loss(model, tokens, bins, segment=1024, state=None):
         b = torch.from_numpy(b)
         total.index_add_(0, b.clamp(min=0), loss.double().cpu() * (b >= 0))
         count.index_add_(0, b.clamp(min=0), (b >= 0).long())
+        if progress:
+            progress(stop / N)
     return total, count
 
 
@@ -1410,10 +1464,11 @@ def position_edges(T, windows, inside):
 STREAM_ROWS, STREAM_TOKENS = 64, 64 * 200
 
 
-def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0):
+def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0, progress=None):
     """Loss by position on streams of validation text from a zero state (the paper's position-wise figure).
 
     Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, per range of edges.
+    progress: a function of the share that is done.
     """
     task, _, parts = TASKS[task_name]
     rows = rows or max(1, min(256, 2**22 // (T * windows)))  # 4M tokens are enough
@@ -1424,9 +1479,9 @@ def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0):
         some = Rows(corpus, "val", min(STREAM_ROWS, rows - start), True, seed + start)
         tokens, part = stream(task, some, T, windows)
         bins = np.where(part > 0, where * len(parts) + part - 1, -1)
-        bin_total, bin_count = streaming_loss(
-            model, tokens, bins, segment=max(1, STREAM_TOKENS // len(tokens))
-        )
+        segment, n = max(1, STREAM_TOKENS // len(tokens)), len(tokens)
+        share = progress and (lambda done, start=start, n=n: progress((start + n * done) / rows))
+        bin_total, bin_count = streaming_loss(model, tokens, bins, segment, progress=share)
         total, count = total + bin_total, count + bin_count
     total, count = (x.view(-1, len(parts)).T for x in (total, count))
     losses = {
@@ -1444,6 +1499,8 @@ def paired_gap(model, tokens, T):
     of each block of T, so that the short context is T/2 to T long. Returns (N/T,), 0 for the first block.
     """
     B, N = tokens.shape[0], tokens.shape[1] - 1
+    if N % T:
+        raise ValueError(f"paired_gap needs N + 1 tokens with N a multiple of T {T}, got {N + 1}")
     block = np.where(np.arange(N) % T < T // 2, -1, np.arange(N) // T)
     whole, count = streaming_loss(model, tokens, block, segment=max(1, STREAM_TOKENS // B))
     short = torch.zeros_like(whole)
@@ -1467,7 +1524,8 @@ def generate(model, tokens, n, temperature=0.0, top_k=None, rng=None):
     logits, state = absorb(model, tokens)
     for _ in range(n):
         if top_k:
-            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+            lowest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+            logits = logits.masked_fill(logits < lowest, -math.inf)
         token = logits.argmax(-1)
         if temperature > 0:
             token = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=rng)[:, 0]
@@ -1475,11 +1533,18 @@ def generate(model, tokens, n, temperature=0.0, top_k=None, rng=None):
         logits, state = absorb(model, token[:, None], state)
 
 
+def check_positions(name, at, end):
+    """ValueError unless the positions ascend and none lies behind `end`."""
+    if len(at) < 2 or any(a >= b for a, b in itertools.pairwise(at)) or at[-1] > end:
+        raise ValueError(f"{name} must ascend from above 0 to at most {end}, got {list(at[1:])}")
+
+
 def state_std(model, tokens, at):
     """Std of the state S after each of the ascending positions `at` of tokens (B, N), and over what.
 
     Returns full (n,) over everything, as in the paper's figure; layers (n, L); heads (n, L, H); float64.
     """
+    check_positions("at", [0, *at], tokens.shape[1])
     moments, state = [], None
     for start, stop in zip([0, *at[:-1]], at, strict=True):
         _, state = absorb(model, tokens[:, start:stop], state)
@@ -1501,6 +1566,7 @@ def effective_remembrance(model, tokens, starts, end):
     tokens (B, N) from a zero state; starts: ascending t, 0 < t <= end. All suffixes x[t:] run as one batch
     that grows at each t. Returns (len(starts), B, N - end) in [0, 1], for the final tokens end, ..., N - 1.
     """
+    check_positions("starts", [0, *starts], end)
     tokens, B = torch.as_tensor(tokens).to(model.lm_head.weight.device), len(tokens)
     zeros = state = model.zero_state(B)
     for i, (start, stop) in enumerate(zip([0, *starts], [*starts, end], strict=True)):
@@ -1531,25 +1597,46 @@ def passkey_accuracy(model, corpus, T, depth, rows, seed=0):
     return float((answer.cpu().numpy() == tokens[:, T - 5 : T]).all(1).mean())
 
 
-def babilong_accuracy(model, corpus, T, qa, rows, examples=0, seed=0):
-    """Share of `rows` windows of T tokens answered right, behind solved `examples`."""
+def babilong_prompts(corpus, T, qa, rows, examples=0, seed=0):
+    """What babilong_accuracy asks: `rows` windows of T tokens up to the answer, behind solved `examples`."""
     some = Rows(corpus, "val", rows, False, seed)
-    tokens, _ = babilong(some, T, qa)
+    windows = [row[:-1] for row in babilong(some, T, qa)[0]]
     shots = [babilong(some, TASKS["babilong"][1], qa)[0][:, :-1] for _ in range(examples)]
-    asked = [
-        re.search(r".*((?:Where|What|Who) [^?]*\?) (\w+)\.$", decode(row[1:T]), re.S).groups()
-        for row in tokens
-    ]
-    right = 0
-    for length in {len(answer) for _, answer in asked}:  # prompts of one length run together
-        some = [b for b, (_, answer) in enumerate(asked) if len(answer) == length]
-        prompt = np.concatenate([*(shot[some] for shot in shots), tokens[some, : T - length - 1]], axis=1)
-        outputs = torch.stack(list(generate(model, prompt, 16)), dim=1).cpu().numpy()
-        for b, output in zip(some, outputs, strict=True):
-            right += babilong_score(decode(output), asked[b][1], asked[b][0], qa)
-    return right / rows
+    asked = [re.search(r".*((?:Where|What|Who) [^?]*\?) (\w+)\.$", decode(x), re.S).groups() for x in windows]
+    cut = [row[: -len(answer) - 1] for row, (_, answer) in zip(windows, asked, strict=True)]
+    return [np.concatenate([*(shot[b] for shot in shots), row]) for b, row in enumerate(cut)], asked
+
+
+def babilong_published(file, encoding, bos, rows):
+    """The same from the first `rows` of a published file: JSON objects with input, question and target, in
+    one list or one a line."""
+    content = Path(file).read_text(encoding="utf-8")
+    try:
+        lines = [content] if content.lstrip().startswith("[") else content.split("\n")
+        entries = [json.loads(line) for line in lines if line.strip()]
+        entries = entries[0] if lines == [content] else entries
+        asked = [(x["question"].strip(), x["target"].strip()) for x in entries[:rows]]
+        texts = [f"{x['input'].strip()} {x['question'].strip()}" for x in entries[:rows]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file} is no list of JSON objects with input, question and target") from None
+    space = (
+        " " if encoding.n_vocab == 256 else ""
+    )  # larger vocabularies have it in front of the word that follows
+    return [np.array([bos, *encoding.encode(text + space, disallowed_special=())]) for text in texts], asked
 
 
 def decode(tokens):
     """Text of byte tokens (N,); the special tokens are left out."""
     return bytes(int(x) for x in tokens if x < 256).decode(errors="replace")
+
+
+def babilong_accuracy(model, prompts, asked, qa, decode=decode):
+    """Share of right answers. prompts: list of (n,) tokens; asked: their (question, answer)."""
+    right = 0
+    for n in {len(prompt) for prompt in prompts}:  # prompts of one length run together
+        some = [b for b, prompt in enumerate(prompts) if len(prompt) == n]
+        outputs = torch.stack(list(generate(model, np.stack([prompts[b] for b in some]), 16)), dim=1)
+        for b, output in zip(some, outputs.cpu().numpy(), strict=True):
+            question, answer = asked[b]
+            right += babilong_score(decode(output), answer, question, qa)
+    return right / len(prompts)

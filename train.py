@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a s
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import lengthgen as lg
 
@@ -44,71 +46,39 @@ FINAL_LR, WEIGHT_DECAY, BETAS, CLIP = 1e-5, 0.01, (0.9, 0.95), 1.0  # the paper'
 SAVE_EVERY = 100  # steps
 
 
-def parse_arguments(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise ValueError(message)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
 
+
+def parse_arguments(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--intervention", choices=lg.INTERVENTIONS, help="the cure (none: train the base alone)")
+    p.add_argument("--model", choices=TINY, help="architecture of a new base (mamba2)")
+    p.add_argument("--task", choices=lg.TASKS, help="what to train on (echo, or that of --init)")
+    p.add_argument("--data", nargs="+", metavar="PATH", help="text, .jsonl or a .bin (the standard library)")
     p.add_argument(
-        "--intervention",
-        choices=lg.INTERVENTIONS,
-        help="where post-training starts from; none: only the base",
+        "--tokenizer", help="bytes, a tiktoken name or a tokenizer.json (bytes, or that of --init)"
     )
-    p.add_argument("--model", default="mamba2", choices=TINY, help="architecture of a new base")
+    p.add_argument("--T", type=int, help="training length in tokens (that of the task, or of --init)")
+    p.add_argument("--init", metavar="NAME", help="start from this run, or foreign checkpoint on disk or hub")
     p.add_argument(
-        "--task", choices=lg.TASKS, help="what to train on (echo; that of the checkpoint with --init)"
+        "--steps", type=int, help=f"optimizer steps (base {PRETRAIN['steps']}, then {POSTTRAIN['steps']})"
     )
-    p.add_argument(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="text files, folders, .jsonl or one .bin (the standard library)",
-    )
-    p.add_argument(
-        "--tokenizer",
-        help="bytes, a tiktoken encoding or a byte-level tokenizer.json (that of the checkpoint, else bytes)",
-    )
-    p.add_argument("--T", type=int, help="training length in tokens (that of the task, or of the checkpoint)")
-    p.add_argument(
-        "--init",
-        metavar="NAME",
-        help="start from a run or a foreign checkpoint, on disk or on the hub, instead of the tiny base",
-    )
-    p.add_argument(
-        "--steps",
-        type=int,
-        help=f"optimizer steps (base {PRETRAIN['steps']}, after that {POSTTRAIN['steps']})",
-    )
-    p.add_argument(
-        "--lr",
-        type=float,
-        help=f"peak learning rate (base {PRETRAIN['lr']}, after that {POSTTRAIN['lr']}, official sizes "
-        f"{POSTTRAIN_LARGE['lr']})",
-    )
+    peaks = [recipe["lr"] for recipe in (PRETRAIN, POSTTRAIN, POSTTRAIN_LARGE)]
+    p.add_argument("--lr", type=float, help="peak (base {}, then {}, official sizes {})".format(*peaks))
     p.add_argument("--batch", type=int, help="rows of a micro-batch, on each rank (64; official sizes 8)")
+    p.add_argument("--accumulate", type=int, help="micro-batches of a step (1; official sizes 0.5M tokens)")
     p.add_argument(
-        "--accumulate",
-        type=int,
-        help="micro-batches of a step; the state is carried through them (1; official sizes 0.5M tokens)",
+        "--carry", default="full", choices=["full", "scan"], help="state handed over: all, or the scan's"
     )
     p.add_argument(
-        "--carry",
-        default="full",
-        choices=["full", "scan"],
-        help="state handed over: with or without convolution",
-    )
-    p.add_argument(
-        "--zero-prob",
-        type=float,
-        help="probability that a row starts from zeros all the same (0.5; official sizes 0, as in the paper)",
+        "--zero-prob", type=float, help="share of rows from zeros all the same (0.5; official sizes 0)"
     )
     p.add_argument("--noise-std", type=float, default=1.0, help="standard deviation of random_noise")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs", help="folder of the runs")
-    p.add_argument(
-        "--compile", action="store_true", help="torch.compile the model: a minute to start, then faster"
-    )
+    p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
     args = p.parse_args(argv)
     for name in ("T", "steps", "batch", "accumulate", "lr"):  # None: main() chooses
@@ -117,8 +87,13 @@ def parse_arguments(argv):
             raise ValueError(f"--{name} must be positive, got {value}")
     if args.init and not args.intervention:
         raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
-    if not args.noise_std >= 0:
-        raise ValueError(f"--noise-std must not be negative, got {args.noise_std}")
+    for name in ("carry", "zero_prob", "noise_std"):
+        if not args.intervention and getattr(args, name) != p.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} needs an --intervention, the base has none")
+    if not 0 <= args.noise_std < math.inf:
+        raise ValueError(f"--noise-std must be finite and not negative, got {args.noise_std}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must lie between 0 and 2**32, got {args.seed}")
     if args.zero_prob is not None and not 0 <= args.zero_prob <= 1:
         raise ValueError(f"--zero-prob must lie between 0 and 1, got {args.zero_prob}")
     return args
@@ -169,8 +144,8 @@ def learning_rate(step, steps, peak):
     warmup = max(1, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return FINAL_LR + (peak - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
+    progress, end = (step - warmup) / max(1, steps - warmup), min(FINAL_LR, peak)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model):
@@ -257,6 +232,19 @@ def train(model, corpus, settings, folder, device):
             )  # fmt: skip
             write_atomically(checkpoint_file, functools.partial(torch.save, checkpoint))
 
+    def finite_mean(x):
+        """The mean over the ranks of a loss or a norm; they all stop together where it is no number."""
+        if dist.is_initialized():
+            dist.all_reduce(x)
+        x = x.item() / s["ranks"]
+        if not math.isfinite(x):
+            kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
+            raise FloatingPointError(
+                f"the loss or its gradient became {x} in step {step + 1}, {kept} in {folder}: "
+                f"try a smaller --lr than {s['lr']} or another --seed"
+            )
+        return x
+
     if rank() == 0:
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
         write_json(os.path.join(folder, "settings.json"), dict(s, command=sys.argv, versions=versions))
@@ -283,16 +271,8 @@ def train(model, corpus, settings, folder, device):
             loss.backward()
             step_loss += loss.detach()
             state = lg.next_initial_state(function, final, stats, noise_rng, s["zero_prob"], s["carry"])
-        if dist.is_initialized():  # so that all ranks report the same and stop together
-            dist.all_reduce(step_loss)
-        step_loss = step_loss.item() / s["ranks"]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
-        if not (math.isfinite(step_loss) and math.isfinite(norm)):
-            kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
-            raise FloatingPointError(
-                f"the loss became {step_loss} and its gradient {norm} in step {step + 1}, {kept} in "
-                f"{folder}: try a smaller --lr than {s['lr']} or another --seed"
-            )
+        step_loss = finite_mean(step_loss)
+        finite_mean(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -310,94 +290,144 @@ def train(model, corpus, settings, folder, device):
                 f"{rate * tokens_per_step:,.0f} tokens/s  {clock((s['steps'] - step) / rate)} left"
             )
         if step % SAVE_EVERY == 0 or step == s["steps"]:
+            with torch.no_grad(), autocast:  # the loss above is of the weights before this step
+                logits, _ = model(tokens[:, :-1])
+            finite_mean(lg.masked_loss(logits, tokens[:, 1:], part))
             save()
             saved_step = step
+
+
+class Progress:
+    """Called with the share that is done: prints it, with the time left, every ten seconds."""
+
+    def __init__(self, what):
+        self.what, self.started, self.said = what, time.time(), time.time()
+
+    def __call__(self, done):
+        if time.time() - self.said > 10:
+            self.said = time.time()
+            left = (self.said - self.started) * (1 - done) / done
+            say(f"  {self.what}  {done:4.0%}  {clock(left)} left")
 
 
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-OCTAVES = [0, 1, 2, 4, 8, 16, 32, 64]  # ranges of the table, in units of T
+def octaves(measured):
+    """Edges of the table's ranges, in units of T: 0, 1, 2, 4, 8, ... to the end of the stream."""
+    windows = measured["edges"][-1] // measured["T"]
+    return [0, *(2**i for i in range(windows.bit_length()) if 2**i < windows), windows]
 
 
-def by_octave(measured, part):
-    """Mean loss (nats) per range of OCTAVES, from a result of lengthgen.position_wise."""
-    T, edges = measured["T"], measured["edges"]
+def mean_loss(measured, part, low, high=math.inf):
+    """Mean loss (nats) of the targets at low T to high T, from a result of lengthgen.position_wise."""
     loss, count = (np.array(measured["parts"][part][x]) for x in ("loss", "count"))
-    loss = np.where(count > 0, loss, 0)  # a range below T may hold no target: that is no reason for NaN
-    where = np.searchsorted(np.array(OCTAVES[1:]) * T, edges[:-1], side="right")
-    return [
-        float((loss * count)[where == i].sum() / count[where == i].sum()) for i in range(len(OCTAVES) - 1)
-    ]
+    edges = np.array(measured["edges"]) / measured["T"]
+    # a range below T may hold no target and its loss be NaN
+    chosen = (edges[:-1] >= low) & (edges[1:] <= high) & (count > 0)
+    return float((loss * count)[chosen].sum() / count[chosen].sum())
 
 
 def print_table(results):
     """results: {name: result of lengthgen.position_wise}. One block per part of the task, a row per model."""
-    T = next(iter(results.values()))["T"]
-    parts = next(iter(results.values()))["parts"]
-    ranges = "".join(f"{f'{a}-{b}T':>9}" for a, b in itertools.pairwise(OCTAVES))
-    say(f"\nloss in nats by position, T = {T} tokens; streamed from a zero state on held-out text")
-    say(f"{'':22}{ranges}")
-    for part in parts:
+    first = next(iter(results.values()))
+    ranges = list(itertools.pairwise(octaves(first)))
+    say(f"\nloss in nats by position, T = {first['T']} tokens; streamed from a zero state on held-out text")
+    say(f"{'':22}" + "".join(f"{f'{a}-{b}T':>9}" for a, b in ranges))
+    for part in first["parts"]:
         for name, measured in results.items():
-            say(f"{part:6}{name:16}" + "".join(f"{x:9.2f}" for x in by_octave(measured, part)))
+            say(f"{part:6}{name:16}" + "".join(f"{mean_loss(measured, part, *x):9.2f}" for x in ranges))
     say("")
-    for name, measured in results.items():
-        part = next(iter(parts))
-        inside, *beyond = by_octave(measured, part)
-        worst = max(beyond) - inside
-        verdict = "breaks past T" if worst > 0.5 else "gets worse past T" if worst > 0.1 else "holds to 64 T"
-        say(f"{name}: {part} loss {inside:.2f} inside T, at worst {worst:+.2f} beyond: {verdict}")
+    if len(ranges) > 1:
+        part, end = next(iter(first["parts"])), ranges[-1][1]
+        for name, measured in results.items():
+            inside, *beyond = (mean_loss(measured, part, *x) for x in ranges)
+            worst = max(beyond) - inside
+            verdict = (
+                f"holds to {end} T"
+                if worst < 0.1
+                else "gets worse past T"
+                if worst < 0.5
+                else "breaks past T"
+            )
+            say(f"{name}: {part} loss {inside:.2f} inside T, at worst {worst:+.2f} beyond: {verdict}")
 
+
+# The look of every picture: the paper's axes, base and control solid, what was cured dashed
 
 COLOURS = {  # told apart by colour-blind people too (Okabe & Ito)
     "base": "#D55E00", "zero": "#999999", "random_noise": "#E69F00", "fitted_noise": "#56B4E9",
     "state_passing": "#0072B2", "tbtt": "#009E73",
 }  # fmt: skip
+LABELS = {"base": "base", "zero": "control (no intervention)", "tbtt": "TBTT"}
+NEW = "#CC79A7"  # an intervention that somebody added
 
 
-def draw_position_wise(results, path, title):
-    """The paper's figure: loss against position, a dotted line at T. results as for print_table."""
-    import matplotlib
+def label(kind):
+    return LABELS.get(kind, kind.replace("_", " ").replace("-scan", ", scan alone"))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    parts = next(iter(results.values()))["parts"]
-    figure, axes = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 3.6), sharey=True, squeeze=False)
-    for axis, part in zip(axes[0], parts, strict=True):
-        for name, measured in results.items():
-            edges = np.array(measured["edges"], dtype=float)
-            middle = np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
-            style = dict(color=COLOURS.get(name.split()[0]), marker="o", markersize=3)
-            axis.plot(middle, measured["parts"][part]["loss"], label=name.replace("_", " "), **style)
-        axis.axvline(measured["T"], linestyle=":", color="black", linewidth=1)
-        axis.text(
-            measured["T"],
-            0.98,
-            " training length T",
-            transform=axis.get_xaxis_transform(),
-            va="top",
-            fontsize=8,
-        )
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("position in the stream (tokens)")
-        axis.set_title(f"{part}: {PART_MEANING[part]}", fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss (nats per token)")
-    axes[0][-1].legend(frameon=False, fontsize=9)
+def page(columns, width=4.4, height=3.6, **kwargs):
+    figure = Figure(figsize=(width * columns, height))
+    return figure, list(figure.subplots(1, columns, squeeze=False, **kwargs)[0])
+
+
+def curve(axis, x, seeds, kind):
+    """The mean over seeds (n_seeds, n) and, shaded, from the lowest to the highest."""
+    y = np.array(seeds, dtype=float)
+    colour = COLOURS.get(kind.removesuffix("-scan"), NEW)
+    style = "-" if kind in ("base", "zero") else ":" if kind.endswith("-scan") else "--"
+    axis.plot(x, y.mean(0), style, color=colour, marker="o", markersize=3, label=label(kind))
+    if len(y) > 1:
+        axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def dress(axis, T, title, xlabel, ylabel="", logy=True):
+    axis.axvline(T, linestyle=":", color="black", linewidth=1)
+    axis.text(T, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
+    axis.set_xscale("log", base=2)
+    if logy:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+
+
+def keep(figure, path, title):
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    write_atomically(path, functools.partial(figure.savefig, dpi=150, format="png"))
-    plt.close(figure)
+    write_atomically(path, functools.partial(figure.savefig, dpi=150, format="png", facecolor="white"))
+
+
+def middles(edges):
+    """Where a range of positions is drawn: its geometric middle; the first begins at half its end."""
+    edges = np.array(edges, dtype=float)
+    return np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
 
 
 PART_MEANING = {
     "text": "held-out text never seen before", "echo": "the same passage again", "copy": "letters to repeat",
     "key": "the digits to repeat", "answer": "the answer and its stop",
 }  # fmt: skip
+
+
+def draw_position_wise(results, path, title):
+    """The paper's figure: loss against position, a dotted line at T. results as for print_table."""
+    parts = next(iter(results.values()))["parts"]
+    figure, axes = page(len(parts), sharey=True)
+    for axis, part in zip(axes, parts, strict=True):
+        for name, measured in results.items():
+            curve(axis, middles(measured["edges"]), [measured["parts"][part]["loss"]], name)
+        meaning = f"{part}: {PART_MEANING[part]}"
+        dress(axis, measured["T"], meaning, "position in the stream (tokens)", logy=False)
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[-1].legend(frameon=False, fontsize=9)
+    keep(figure, path, title)
 
 
 def make_folder(path):
@@ -421,7 +451,8 @@ def finished(folder):
 
 def measure(model, folder, task, T, corpus):
     """Position-wise loss, kept beside the checkpoint in `folder` (None: not kept)."""
-    measured = lg.position_wise(model, task, corpus, T, rows=max(16, min(256, 12800 // T)))
+    rows = max(16, min(256, 12800 // T))
+    measured = lg.position_wise(model, task, corpus, T, rows=rows, progress=Progress("loss by position"))
     if folder and rank() == 0:
         write_json(os.path.join(folder, "position_wise.json"), measured)
     return measured
@@ -442,17 +473,19 @@ def main(argv=None, corpus=None):
     started = time.time()
     args = parse_arguments(argv)
     init = lg.load_checkpoint(args.init) if args.init else None
+    if init and args.model not in (None, init["config"]["layer"]):
+        raise ValueError(f"{args.init} is a {init['config']['layer']}, no {args.model}: leave --model out")
     task = args.task or (init["settings"]["task"] if init else "echo")
     T = args.T or (init["settings"]["T"] if init else lg.TASKS[task][1])
     args.tokenizer = args.tokenizer or (init and init["settings"].get("tokenizer")) or "bytes"
-    corpus = corpus or lg.load_corpus(args.data, args.tokenizer)
+    corpus = corpus or lg.load_corpus(args.data, args.tokenizer, init and init["config"]["vocab_size"])
     for split in ("train", "val"):  # a text that is too short or a T that does not fit is found out here
         lg.TASKS[task][0](lg.Rows(corpus, split, 1, True, 0), T)
     make_folder(args.out)
     device = choose_device(args.device)
     say(f"corpus: {corpus.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
 
-    model_name = init["settings"].get("name", init["config"]["layer"]) if init else args.model
+    model_name = init["settings"].get("name", init["config"]["layer"]) if init else args.model or "mamba2"
     large = bool(init) and sum(x.numel() for x in init["model"].values()) > LARGE
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     defaults = POSTTRAIN_LARGE if large else POSTTRAIN
@@ -520,7 +553,8 @@ def recipe(defaults, args):
     return dict(steps=args.steps or defaults["steps"], lr=args.lr or defaults["lr"])
 
 
-if __name__ == "__main__":
+def run_command(main):
+    """main(), with one sentence for what goes wrong: exit code 2 for bad input, 1 for a diverging loss."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -529,3 +563,7 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -226,7 +226,7 @@ def test_saving_and_loading_changes_no_value_and_keeps_the_stored_dtype(name, fo
 
 def test_post_trained_runs_of_train_py_can_be_saved_for_other_libraries(tmp_path):
     model = make_model("mamba2").float()
-    saved = dict(config=lg.asdict(model.config), model=model.state_dict())
+    saved = dict(config=lg.asdict(model.config), model=model.state_dict(), settings={})
     torch.save(saved, tmp_path / lg.CHECKPOINT)
     for path in (tmp_path, tmp_path / lg.CHECKPOINT):
         lg.LanguageModel.from_pretrained(str(path)).save_pretrained(str(tmp_path / "out"))
@@ -250,9 +250,30 @@ def test_what_a_library_cannot_hold_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ValueError, match=r"norm_f.weight is not finite or too large for torch.float16"):
         large.save_pretrained(out, dtype=torch.float16)
     assert not os.path.exists(out)
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8, expected a floating-point one"):
+        make_model("mamba2").save_pretrained(out, dtype=torch.int8)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         make_model("mamba2").save_pretrained(str(tmp_path / "file"))
+
+
+def test_a_folder_with_weights_in_another_format_is_left_alone(tmp_path):
+    """They would be read instead of the new ones."""
+    first, second = make_model("mamba2"), make_model("mamba2")
+    first.save_pretrained(str(tmp_path), "mamba_ssm")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds pytorch_model\.bin, which would be read instead"):
+        second.save_pretrained(str(tmp_path), "transformers")
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("spoil", [lambda c: c.pop("settings"), lambda c: c.update(model=[1])])
+def test_a_run_without_its_parts_is_no_checkpoint(spoil, tmp_path):
+    saved = dict(config=lg.asdict(make_model("mamba2").config), model={}, settings={})
+    spoil(saved)
+    torch.save(saved, tmp_path / lg.CHECKPOINT)
+    with pytest.raises(ValueError, match=r"checkpoint.pt' is not a checkpoint of train.py"):
+        lg.LanguageModel.from_pretrained(tmp_path)
 
 
 NAME = "backbone.layers.1.mixer.in_proj.weight"
@@ -298,6 +319,7 @@ class Bomb:
         (settings(attn_layer_idx=[3]), r"attn_layer_idx is \[3\]"),
         (settings(depth_gate=1), "config.json: unknown setting depth_gate 1"),
         (settings(model_type="llama"), "unknown kind of model 'llama'"),
+        (settings(model_type=["a"]), "unknown kind of model"),
         (settings(d_model="8"), "make no model"),
         (settings(d_model=-8), "make no model"),
         (settings(d_model=9), r"expected \(\d+, 9\)|make no model"),

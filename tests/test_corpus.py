@@ -176,6 +176,20 @@ def test_a_bin_holds_uint16_tokens_and_its_last_tenth_is_held_out(tmp_path):
     assert isinstance(corpus.train, np.memmap)  # read when needed, whatever its size
 
 
+def test_the_vocabulary_of_a_bin_is_that_of_its_tokenizer_or_of_the_model_that_reads_it(
+    tmp_path, monkeypatch
+):
+    (np.arange(1000, dtype=np.uint16) % 300).tofile(tmp_path / "a.bin")
+    path = tmp_path / "a.bin"  # alone, and no string: both are taken
+    assert lg.load_corpus(path, vocab_size=502).bos == 500
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 400}
+    encoding = tiktoken.Encoding("small", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    assert lg.load_corpus(path, "small", vocab_size=502).bos == 401
+    with pytest.raises(ValueError, match="has a token 299, which is outside the vocabulary of 200 words"):
+        lg.load_corpus(path, vocab_size=202)
+
+
 def test_a_special_token_spelled_in_the_text_is_text(tmp_path, monkeypatch):
     encoding = tiktoken.Encoding(
         "small", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
@@ -210,6 +224,15 @@ def test_bad_paths_are_named(tmp_path, files, paths, message):
 def test_an_unknown_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"unknown tokenizer 'gpt9', expected bytes or one of .*gpt2"):
         lg.load_corpus([write(tmp_path, {"a": "x"})], "gpt9")
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatch):
+    def offline(name):
+        raise ConnectionError("a long story\nin two lines")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match=r"^the tokenizer 'gpt2' cannot be fetched: ConnectionError$"):
+        lg.load_corpus([write(tmp_path, {"a": "x"})], "gpt2")
 
 
 # --------------------------------------------------------------------------------------------------

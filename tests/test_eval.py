@@ -267,9 +267,10 @@ def test_babilong_accuracy_is_one_for_the_right_answer_and_zero_for_silence(corp
         yield from torch.tensor(rows).unbind(1)
 
     monkeypatch.setattr(lg, "generate", generate)
-    assert lg.babilong_accuracy(None, corpus, 256, 1, 6) == 1
+    asked = lg.babilong_prompts(corpus, 256, 1, 6)
+    assert lg.babilong_accuracy(None, *asked, 1) == 1
     monkeypatch.setattr(lg, "generate", lambda *args: generate(*args, say=False))
-    assert lg.babilong_accuracy(None, corpus, 256, 1, 6) == 0
+    assert lg.babilong_accuracy(None, *asked, 1) == 0
 
 
 def test_copy_makes_one_string_of_any_length(corpus):
@@ -425,7 +426,7 @@ def test_the_budget_of_the_tiny_preset_is_under_an_hour():
 
 def test_samples_are_words_after_the_prompt(reproduced, capsys):
     run = os.path.join(reproduced, "mamba2-echo-base-s0")
-    options = "--tokens 20 --device cpu --top-k 5".split()
+    options = "--tokens 20 --device cpu --top-k 1000".split()
     arguments = ["sample", "--init", run, "--prompt", "def f(", *options]
     ev.main(arguments)
     said = capsys.readouterr().out
@@ -435,18 +436,65 @@ def test_samples_are_words_after_the_prompt(reproduced, capsys):
 
 def test_any_checkpoint_shows_how_it_breaks(reproduced, toys, tmp_path):
     run, out = os.path.join(reproduced, "mamba2-echo-base-s0"), str(tmp_path / "figure")
-    ev.main(["poswise", "--init", run, "--rows", "2", "--windows", "64", "--out", out, "--device", "cpu"])
-    with open(os.path.join(out, "poswise.json")) as f:
-        assert json.load(f)["T"] == 50
+    for windows in ("1", "5", "80"):
+        options = ["--rows", "2", "--windows", windows, "--out", out, "--device", "cpu"]
+        ev.main(["poswise", "--init", run, *options])
+        with open(os.path.join(out, "poswise-mamba2-echo-base-s0.json")) as f:
+            assert train.octaves(json.load(f))[-1] == int(windows)
+
+
+def test_an_intervention_that_somebody_adds_is_trained_and_drawn(tmp_path, toys, monkeypatch):
+    assert set(lg.INTERVENTIONS) < set(ev.TINY["echo"].kinds)
+    monkeypatch.setitem(lg.INTERVENTIONS, "shuffled", (lg.state_passing, False))
+    monkeypatch.setitem(TOY, "echo", dataclasses.replace(TOY["echo"], kinds=("base", "shuffled")))
+    out = str(tmp_path / "runs")
+    ev.main(["reproduce", "interventions", "--out", out, "--device", "cpu"])
+    with open(os.path.join(out, "results.json")) as f:
+        summary = json.load(f)["mamba2"]["interventions"]["summary"]
+    assert "text part, shuffled: loss beyond 4 T" in summary
+
+
+def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(
+    reproduced, tmp_path, monkeypatch, capsys
+):
+    entry = dict(input="Ann met Bob. Mary went to the garden. ", question="Where is Mary? ", target="garden")
+    entries = [entry, entry | dict(target="office")]
+    for folder, content in (
+        ("qa1", json.dumps(entries)),
+        ("qa2", "\n".join(map(json.dumps, entries))),
+        ("qa12", "{}"),
+    ):
+        os.makedirs(tmp_path / "published" / folder)
+        (tmp_path / "published" / folder / "0k.json").write_text(content)
+    heard = []
+
+    def generate(model, tokens, n):
+        heard.extend(map(lg.decode, tokens))
+        yield from torch.tensor([[*b"garden.", 256]] * len(tokens)).unbind(1)
+
+    monkeypatch.setattr(lg, "generate", generate)
+    run, out = os.path.join(reproduced, "mamba2-echo-base-s0"), str(tmp_path / "out")
+    options = ["--out", out, "--device", "cpu", "--data"]
+    ev.main(["babilong", "--init", run, *options, str(tmp_path / "published")])
+    assert heard == ["Ann met Bob. Mary went to the garden. Where is Mary? "] * 4
+    with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
+        assert list(json.load(f)["accuracy"].values()) == [0.5, 0.5]
+    (tmp_path / "qa3.json").write_text('[{"input": "x"}]')
+    with pytest.raises(ValueError, match=r"qa3.json is no list of JSON objects with input"):
+        ev.main(["babilong", "--init", run, *options, str(tmp_path / "qa3.json")])
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
+        (["babilong", "--init", "x"], "babilong of a checkpoint needs --data"),
+        (["babilong", "--init", "x", "--data", "nowhere"], "no file with qa1 to qa5 in its path in nowhere"),
         (["effrem", "--model", "gla"], r"no runs of gla under .*: python eval.py reproduce --model gla"),
         (["nonsense"], "unknown figure 'nonsense', expected reproduce, sample or some of poswise"),
+        (["effrem", "--data", "x"], "--data goes with --init RUN"),
+        (["--temperature", "nan"], "--temperature must be finite and not negative, got nan"),
         (["sample"], "sample needs a checkpoint: give --init"),
-        (["effrem", "--init", "x"], "--init goes with sample or poswise alone"),
+        (["effrem", "--init", "x"], "--init goes with one of sample, poswise, babilong, got effrem"),
         (["--seeds", "0"], "--seeds must be positive, got 0"),
         (["poswise", "--init", "nowhere"], "no checkpoint at 'nowhere'"),
     ],

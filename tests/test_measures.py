@@ -161,6 +161,33 @@ def test_position_wise_loss_is_the_mean_over_each_range_and_part(task_name, monk
     assert counted == (part > 0).sum()
 
 
+def test_positions_that_make_no_measure_are_named():
+    model, tokens = make_model(C=11), np.zeros((2, 41), dtype=np.int64)
+    for measure, message in (
+        (lambda: lg.streaming_loss(model, tokens, np.zeros(40, int), segment=-1), "segment must be positive"),
+        (lambda: lg.paired_gap(model, tokens, 7), "N a multiple of T 7, got 41"),
+        (
+            lambda: lg.state_std(model, tokens, [5, 50]),
+            r"at must ascend from above 0 to at most 41, got \[5, 50",
+        ),
+        (lambda: lg.state_std(model, tokens, []), "at must ascend"),
+        (
+            lambda: lg.effective_remembrance(model, tokens, [20, 10], 30),
+            "starts must ascend from above 0 to at",
+        ),
+        (lambda: lg.effective_remembrance(model, tokens, [31], 30), "starts must ascend"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure()
+
+
+def test_progress_runs_to_the_end_over_all_rows(monkeypatch):
+    monkeypatch.setattr(lg, "STREAM_ROWS", 2)
+    said = []
+    lg.position_wise(make_model(), "text", make_corpus(), 8, windows=4, rows=5, progress=said.append)
+    assert said == sorted(said) and len(said) >= 3 and said[-1] == 1
+
+
 def test_masked_loss_is_the_mean_over_what_is_not_masked():
     logits, targets = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(0, 7, (2, 5))
     part = torch.tensor([[0, 1, 1, 0, 2], [0, 0, 0, 0, 2]])

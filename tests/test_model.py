@@ -215,7 +215,16 @@ def test_bad_tokens_and_states_are_named(name):
     for bad, message in (
         ((tokens + 11,), "token 11 is outside the vocabulary of 11"),
         ((tokens - 1,), "token -1 is outside"),
-        ((tokens[:, :0],), r"tokens must be \(B, T\) with T >= 1"),
+        ((tokens[:, :0],), r"tokens must be \(B, T\) with B, T >= 1"),
+        ((tokens[:0],), r"tokens must be \(B, T\) with B, T >= 1"),
+        ((tokens.float(),), "tokens must be int64, got torch.float32"),
+        ((tokens.tolist(),), "tokens must be int64, got list"),
+        ((tokens, 3), "state is a int, expected a list of LayerState"),
+        ((tokens, [None, None]), "state is a list, expected a list of LayerState"),
+        (
+            (tokens, lg.map_state(lambda x: x.half(), good)),
+            r"state\[0\]\.\w+ is torch.float16 on cpu, expected",
+        ),
         ((tokens, good[:1]), "state has 1 layers, expected 2"),
         ((tokens, model.zero_state(3)), r"state\[0\]\.\w+ has shape \(3, .*expected \(2, "),
         ((tokens, [good[0], good[1]._replace(scan=good[1].scan[:, :, :1])]), r"state\[1\]\.scan has shape"),
@@ -224,6 +233,17 @@ def test_bad_tokens_and_states_are_named(name):
             model(*bad)
 
 
-def test_unknown_models_are_named():
-    with pytest.raises(ValueError, match="unknown model 'transformer', expected one of mamba2"):
-        lg.ModelConfig(layer="transformer")
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(layer="transformer"), "unknown model 'transformer', expected one of mamba2"),
+        (dict(backend="magic"), "unknown backend 'magic', expected one of recurrent"),
+        (dict(headdim=0), "headdim is 0, expected a positive"),
+        (dict(d_state=2.5), "d_state is 2.5, expected a positive"),
+        (dict(norm_eps="1e-5"), "norm_eps is '1e-5', expected a positive"),
+        (dict(expand_k=-1), "expand_k is -1, expected a positive"),
+    ],
+)
+def test_settings_that_make_no_model_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lg.ModelConfig(**settings)

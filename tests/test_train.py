@@ -137,7 +137,8 @@ def test_every_task_trains_and_is_measured(task, T, out):
     measured = json.loads((folder / "position_wise.json").read_text())
     assert list(measured["parts"]) == list(lg.TASKS[task][2])
     for part in measured["parts"]:
-        assert all(math.isfinite(x) for x in train.by_octave(measured, part))
+        for low, high in itertools.pairwise(train.octaves(measured)):
+            assert math.isfinite(train.mean_loss(measured, part, low, high))
 
 
 def test_without_an_intervention_only_the_base_is_made(out):
@@ -210,9 +211,8 @@ def test_norms_biases_and_the_vectors_of_the_recurrence_do_not_decay(model, out)
 
 @pytest.mark.parametrize("name", [*lg.INTERVENTIONS, None])
 def test_twenty_steps_are_ten_and_a_stop_and_ten_bit_for_bit(name, out, monkeypatch):
-    options = ["--batch", 4, "--accumulate", 2, "--zero-prob", 0.3]
-    options += ["--carry", "scan" if name == "tbtt" else "full"]
-    options += ["--intervention", name] if name else []
+    options = ["--batch", 4, "--accumulate", 2, "--carry", "scan" if name == "tbtt" else "full"]
+    options += ["--intervention", name, "--zero-prob", 0.3] if name else []
     options += ["--model", "gla"] if name == "fitted_noise" else []
     monkeypatch.setattr(train, "SAVE_EVERY", 10)
     run(*options, "--out", out / "a", steps=20)
@@ -280,7 +280,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_and_keeps_the_last_good_chec
     def spoilt(*inputs):
         calls.append(1)
         loss = masked_loss(*inputs)
-        if len(calls) == 10:
+        if len(calls) == 11:  # of step 10: the weights that were saved at step 5 were looked at too
             if where == "loss":
                 return loss * math.nan
             loss.register_hook(lambda g: g * math.inf)
@@ -292,6 +292,18 @@ def test_a_loss_or_gradient_that_is_no_number_stops_and_keeps_the_last_good_chec
     saved = lg.load_checkpoint(out / "mamba2-echo-base-s0")
     assert saved["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())
     assert len(metrics(out / "mamba2-echo-base-s0")) == 9
+
+
+def test_weights_that_the_last_step_ruined_are_not_saved(out):
+    with pytest.raises(FloatingPointError, match="nothing was saved yet"):
+        run("--lr", 3e4, steps=1)
+    assert not (out / "mamba2-echo-base-s0" / "checkpoint.pt").exists()
+
+
+def test_the_learning_rate_never_rises_after_its_peak():
+    for peak in (1e-3, 1e-6):
+        rates = [train.learning_rate(step, 100, peak) for step in range(10, 100)]
+        assert max(rates) <= peak and rates == sorted(rates, reverse=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,9 +335,15 @@ def command(monkeypatch, capsys, arguments):
         ("--accumulate -1", "--accumulate must be positive, got -1"),
         ("--lr 0", "--lr must be positive, got 0.0"),
         ("--lr nan", "--lr must be positive, got nan"),
-        ("--noise-std -1", "--noise-std must not be negative, got -1.0"),
-        ("--zero-prob 1.5", "--zero-prob must lie between 0 and 1, got 1.5"),
-        ("--zero-prob nan", "--zero-prob must lie between 0 and 1, got nan"),
+        ("--noise-std -1 --intervention zero", "--noise-std must be finite and not negative, got -1.0"),
+        ("--noise-std inf --intervention zero", "--noise-std must be finite and not negative, got inf"),
+        ("--noise-std 2", "--noise-std needs an --intervention"),
+        ("--carry scan", "--carry needs an --intervention"),
+        ("--zero-prob 0.1", "--zero-prob needs an --intervention"),
+        ("--seed -1", "--seed must lie between 0 and 2**32, got -1"),
+        ("--task babilong --T 40", "T is 40, too short for the stories of babilong"),
+        ("--intervention zero --zero-prob 1.5", "--zero-prob must lie between 0 and 1, got 1.5"),
+        ("--intervention zero --zero-prob nan", "--zero-prob must lie between 0 and 1, got nan"),
         ("--data nowhere.txt", "no text at 'nowhere.txt'"),
         ("--data empty.txt", "the corpus is empty: no text in ['empty.txt']"),
         ("--data short.txt --task text", "the text has 10 tokens, shorter than the 257 that are needed"),
@@ -361,15 +379,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2_and_nothing_is_written(
 def test_a_diverging_run_is_one_sentence_and_exit_code_1(out, monkeypatch, capsys):
     code, printed, error = command(monkeypatch, capsys, "--data text.txt --T 4 --batch 2 --steps 5 --lr 1e38")
     assert code == 1 and "step" in printed
-    assert error.startswith("stopped: the loss became ") and error.count("\n") == 1
+    assert error.startswith("stopped: the loss or its gradient became ") and error.count("\n") == 1
     assert "nothing was saved yet in " in error and "try a smaller --lr than 1e+38" in error
     assert not (out / "mamba2-echo-base-s0" / "checkpoint.pt").exists()
 
 
-def test_a_base_with_another_tokenizer_is_refused(out):
+def test_a_base_of_another_model_or_tokenizer_is_refused(out):
     run()
-    np.tile(np.array([0, 1], dtype=np.uint16), 500).tofile("a.bin")
-    with pytest.raises(ValueError, match="knows 258 tokens, the corpus has 4: choose the --tokenizer"):
+    with pytest.raises(ValueError, match="is a mamba2, no gla: leave --model out"):
+        run("--init", out / "mamba2-echo-base-s0", "--intervention", "zero", "--model", "gla")
+    np.tile(np.array([0, 300], dtype=np.uint16), 500).tofile("a.bin")
+    with pytest.raises(ValueError, match=r"a.bin has a token 300, which is outside the vocabulary of 256"):
         init = out / "mamba2-echo-base-s0"
         train.main(f"--data a.bin --intervention zero --init {init} --out {out}/b".split())
 
