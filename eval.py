@@ -101,7 +101,6 @@ class Run:
     """One folder of train.py: where it is, how it is made, and about how long that takes."""
 
     experiment: str
-    kind: str
     seed: int
     folder: str
     argv: list
@@ -152,7 +151,7 @@ class Lab:
             intervention, _, scan = kind.partition("-")
             argv += ["--intervention", intervention, *(["--carry", "scan"] if scan else []), *e.after.split()]
         folder = os.path.join(parent, f"{self.model}-{e.task}-{kind}-s{seed}")
-        return Run(experiment, kind, seed, folder, argv, needs)
+        return Run(experiment, seed, folder, argv, needs)
 
     def planned(self, experiments, kinds=None):
         """{(experiment, kind): runs, one per seed}, whether they exist or not."""
@@ -175,15 +174,6 @@ class Lab:
             )
         return found
 
-    def load(self, run):
-        """The model of a run, on the device; ValueError if another model is in its folder."""
-        model = lg.LanguageModel.from_pretrained(run.folder).to(self.device).eval()
-        if model.config.layer != self.model:
-            raise ValueError(
-                f"{run.folder} holds a {model.config.layer}, not a {self.model}: choose another --out"
-            )
-        return model
-
     def measure(self, run, name, function):
         """function(model, T, **settings), kept in the run's folder as eval-{name}.json and read from there if
         that is younger than the checkpoint and was made with the same settings."""
@@ -196,8 +186,11 @@ class Lab:
             and os.path.exists(checkpoint)
             and os.path.getmtime(file) >= os.path.getmtime(checkpoint)
         ):
-            model = self.load(run)
-            trained = lg.load_checkpoint(run.folder)["settings"]
+            saved = lg.load_checkpoint(run.folder)
+            layer, trained = saved["config"]["layer"], saved["settings"]
+            if layer != self.model:
+                raise ValueError(f"{run.folder} holds a {layer}, not a {self.model}: choose another --out")
+            model = lg.LanguageModel.from_checkpoint(saved).to(self.device).eval()
             print(f"  {name} of {run.folder} ...", end="", flush=True)
             started = time.time()
             value = function(model, trained["T"], **settings)
@@ -253,6 +246,11 @@ def mean_losses(measured, part, low, high=math.inf):
     return np.array([train.mean_loss(m, part, low, high) for m in measured])
 
 
+def perplexity(axis, measured, part, kind):
+    x = middles(measured[0]["edges"])
+    curve(axis, x, [np.exp(m["parts"][part]["loss"]) for m in measured], kind)
+
+
 def poswise(lab, path):
     """Position-wise perplexity (the paper's first figure): base, control and cured, far beyond T."""
 
@@ -272,12 +270,7 @@ def poswise(lab, path):
         measured, mine = losses(lab, runs), axes[panels.index(task) :]
         T, parts = measured[0]["T"], measured[0]["parts"]
         for axis, part in zip(mine, parts, strict=False):
-            curve(
-                axis,
-                middles(measured[0]["edges"]),
-                [np.exp(m["parts"][part]["loss"]) for m in measured],
-                kind,
-            )
+            perplexity(axis, measured, part, kind)
             title = f"echo: {train.PART_MEANING[part]}" if task == "echo" else "trained on plain text"
             dress(axis, T, title, "position (tokens)", "perplexity")
             for where, low, high in (("inside T", 0, 1), ("beyond 64 T", 64, math.inf)):
@@ -304,12 +297,7 @@ def interventions(lab, path):
     found = {kind: losses(lab, runs, "interventions") for (_, kind), runs in lab.runs("echo").items()}
     for axis, part in zip(axes, ("text", "echo"), strict=True):
         for kind, measured in found.items():
-            curve(
-                axis,
-                middles(measured[0]["edges"]),
-                [np.exp(m["parts"][part]["loss"]) for m in measured],
-                kind,
-            )
+            perplexity(axis, measured, part, kind)
             for where, low, high in (("inside T", 0, 1), ("beyond 4 T", 4, math.inf)):
                 means = mean_losses(measured, part, low, high)
                 summary[f"{part} part, {label(kind)}: loss {where}"] = means.mean()

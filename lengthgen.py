@@ -148,8 +148,7 @@ class Mamba2(nn.Module):
     def forward(self, x, state):
         B, T, _ = x.shape
         z, xkq, dt = self.in_proj(x).split([self.d_inner, self.channels, self.H], dim=-1)
-        conv_in = torch.cat([state.conv.to(xkq.dtype), xkq], dim=1)
-        xkq = F.silu(causal_conv(conv_in, self.conv1d.weight, self.conv1d.bias))
+        xkq, conv = causal_conv(xkq, state.conv, self.conv1d.weight, self.conv1d.bias)
         x, k, q = xkq.split([self.d_inner, self.G * self.K, self.G * self.K], dim=-1)
         x = x.view(B, T, self.H, self.V)
         k, q = (y.view(B, T, self.G, self.K) for y in (k, q))
@@ -160,16 +159,20 @@ class Mamba2(nn.Module):
         # the gated norm runs over each group's channels
         y = F.rms_norm(y.unflatten(-1, (self.G, -1)), (self.d_inner // self.G,), eps=self.norm_eps)
         y = y.flatten(-2) * self.norm.weight
-        return self.out_proj(y), LayerState(conv_in[:, T:], S)
+        return self.out_proj(y), LayerState(conv, S)
 
 
-def causal_conv(x, weight, bias):
-    """Depthwise convolution of x (B, d_conv-1 + T, channels) -> (B, T, channels).
+def causal_conv(x, state, weight, bias):
+    """Depthwise convolution and SiLU of x (B, T, channels) behind state, the d_conv-1 inputs before it.
 
-    As a 2-d convolution of height 1, because channels-last 2-d convolutions are several times faster on CPUs.
+    Returns (B, T, channels) and the d_conv-1 last inputs. As a 2-d convolution of height 1, because
+    channels-last 2-d convolutions are several times faster on CPUs.
     """
+    T = x.shape[1]
+    x = torch.cat([state.to(x.dtype), x], dim=1)
     y = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, groups=weight.shape[0])
-    return y.squeeze(2).transpose(1, 2)  # the gradient of y[:, :, 0] would fill a tensor with zeros
+    y = y.squeeze(2).transpose(1, 2)  # the gradient of y[:, :, 0] would fill a tensor with zeros
+    return F.silu(y), x[:, T:].clone()  # a view would keep all of x in memory
 
 
 def initial_dt_bias(n):
@@ -206,17 +209,15 @@ class Mamba1(nn.Module):
     zero_state = Mamba2.zero_state
 
     def forward(self, x, state):
-        T = x.shape[1]
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        conv_in = torch.cat([state.conv.to(x.dtype), x], dim=1)
-        x = F.silu(causal_conv(conv_in, self.conv1d.weight, self.conv1d.bias))
+        x, conv = causal_conv(x, state.conv, self.conv1d.weight, self.conv1d.bias)
         dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
         # float32 even where autocast computes in bfloat16
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
         v, log_a = (dt * x).to(x.dtype), -dt[..., None] * self.A_log.exp()
         o, S = scan(q[:, :, None], k[:, :, None], v[..., None], log_a, state.scan, self.backend)
         y = (o[..., 0] + self.D * x) * F.silu(z)
-        return self.out_proj(y), LayerState(conv_in[:, T:], S)
+        return self.out_proj(y), LayerState(conv, S)
 
 
 class GLA(nn.Module):
