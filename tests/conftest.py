@@ -1,5 +1,7 @@
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py, and as early: torch reads it once
+
 import torch
 
 if not torch.cuda.is_available():
