@@ -394,7 +394,7 @@ def passkey(lab, path):
         for limit in (1, 8, 32, 128):
             upto = [i for i, n in enumerate(m["lengths"]) if n <= limit]
             summary[f"passkey, {title}: lowest accuracy up to {limit} T"] = mean[:, upto].min()
-    keep(figure, path, f"Passkey of five digits, {lab.model}, T = {m['T']}")
+    keep(figure, path, f"Accuracy on a passkey of five digits, {lab.model}, T = {m['T']}")
     return summary
 
 
@@ -575,13 +575,18 @@ def reproduce(lab, names):
     return summaries
 
 
-def given_checkpoint(args, device):
-    """poswise of one checkpoint, ours or another's: how it breaks past its training length."""
+def load_init(args, device):
+    """The model of --init on the device, its settings, and the name of its tokenizer."""
     checkpoint = lg.load_checkpoint(args.init)
     settings = checkpoint["settings"]
     model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
+    return model, settings, args.tokenizer or settings.get("tokenizer") or "bytes"
+
+
+def given_checkpoint(args, device):
+    """poswise of one checkpoint, ours or another's: how it breaks past its training length."""
+    model, settings, tokenizer = load_init(args, device)
     T, task = args.T or settings["T"], args.task or settings["task"]
-    tokenizer = args.tokenizer or settings.get("tokenizer") or "bytes"
     corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
     train.check_vocabulary(model, corpus, args.init)
     train.make_folder(args.out)
@@ -601,9 +606,8 @@ def name_of(checkpoint):
 
 def load_speaker(args, device):
     """The model of --init, its encoding, and a corpus of nothing but the special tokens."""
-    checkpoint = lg.load_checkpoint(args.init)
-    model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
-    encoding = lg.load_encoding(args.tokenizer or checkpoint["settings"].get("tokenizer") or "bytes")
+    model, _, tokenizer = load_init(args, device)
+    encoding = lg.load_encoding(tokenizer)
     corpus = lg.Corpus("what is said to it", None, None, encoding.n_vocab, encoding.special)
     train.check_vocabulary(model, corpus, args.init)
     return model, encoding, corpus

@@ -76,8 +76,7 @@ class ModelConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for field in fields(self):
-            value, kinds = getattr(self, field.name), {int: int, float: (int, float)}
-            kind = next((kinds[x] for x in kinds if field.type in (x, x | None)), None)
+            value, kind = getattr(self, field.name), NUMBERS.get(field.type)
             if kind and value is not None and not (isinstance(value, kind) and value > 0):
                 raise ValueError(f"{field.name} is {value!r}, expected a positive {field.type}")
         if self.backend not in (None, *BACKENDS):
@@ -86,6 +85,7 @@ class ModelConfig:
             self.dt_rank = math.ceil(self.d_model / 16)
 
 
+NUMBERS = {int: int, int | None: int, float: int | float, float | None: int | float}  # what a field takes
 OFFICIAL = {
     "mamba2": dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128),
     "mamba1": dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16),
@@ -367,8 +367,8 @@ class LanguageModel(nn.Module):
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= C:
                 raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {C}")
-        zeros = self.zero_state(tokens.shape[0])
-        state = zeros if state is None else check_state(state, zeros)
+        B = len(tokens)
+        state = self.zero_state(B) if state is None else check_state(state, self.zero_state(0), B)
 
         _, trunk, embedding, norm = LAYERS[self.config.layer]
         trunk = getattr(self, trunk)
@@ -447,26 +447,26 @@ class LanguageModel(nn.Module):
             raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
 
 
-def check_state(state, zeros):
-    """Raise a ValueError unless `state` has the layers, shapes and dtypes of `zeros`; return it."""
+def check_state(state, empty, B):
+    """Raise a ValueError unless `state` is one of B rows and else like `empty`, one of none; return it."""
     try:
         state = [LayerState(*layer) for layer in state]
     except TypeError:
         raise ValueError(f"state is a {type(state).__name__}, expected a list of LayerState") from None
-    if len(state) != len(zeros):
-        raise ValueError(f"state has {len(state)} layers, expected {len(zeros)}")
-    for i, (given, wanted) in enumerate(zip(state, zeros, strict=True)):
-        for name, x, zero in zip(LayerState._fields, given, wanted, strict=True):
+    if len(state) != len(empty):
+        raise ValueError(f"state has {len(state)} layers, expected {len(empty)}")
+    for i, (given, wanted) in enumerate(zip(state, empty, strict=True)):
+        for name, x, like in zip(LayerState._fields, given, wanted, strict=True):
             shape = tuple(x.shape) if isinstance(x, torch.Tensor) else x
-            expected = None if zero is None else tuple(zero.shape)
+            expected = None if like is None else (B, *like.shape[1:])
             if shape != expected:
                 raise ValueError(f"state[{i}].{name} has shape {shape}, expected {expected}")
             if x is None:
                 continue
             # autocast computes the convolution's inputs in a dtype of its own; S keeps float32 even there
             other = name == "conv" and torch.is_autocast_enabled(x.device.type)
-            if x.device != zero.device or (x.dtype != zero.dtype and not other):
-                found, fit = (f"{y.dtype} on {y.device}" for y in (x, zero))
+            if x.device != like.device or (x.dtype != like.dtype and not other):
+                found, fit = (f"{y.dtype} on {y.device}" for y in (x, like))
                 raise ValueError(f"state[{i}].{name} is {found}, expected {fit}")
     return state
 
@@ -1100,7 +1100,7 @@ def _load_bin(paths, words, special):
     tokens = np.memmap(paths[0], dtype=np.uint16, mode="r")
     highest = int(tokens.max())
     words = words or highest + 1
-    if highest >= max(words, *special, 0):
+    if highest >= words:
         raise ValueError(
             f"{paths[0]} has a token {highest}, which is outside the vocabulary of {words} words"
         )
@@ -1611,18 +1611,18 @@ def babilong_prompts(corpus, T, qa, rows, examples=0, seed=0):
 def babilong_published(file, encoding, bos, rows):
     """The same from the first `rows` of a published file: JSON objects with input, question and target, in
     one list or one a line."""
-    content = Path(file).read_text(encoding="utf-8")
+    content = Path(file).read_bytes().strip()
     try:
-        lines = [content] if content.lstrip().startswith("[") else content.split("\n")
-        entries = [json.loads(line) for line in lines if line.strip()]
-        entries = entries[0] if lines == [content] else entries
-        asked = [(x["question"].strip(), x["target"].strip()) for x in entries[:rows]]
-        texts = [f"{x['input'].strip()} {x['question'].strip()}" for x in entries[:rows]]
+        lines = filter(bytes.strip, content.split(b"\n"))
+        entries = json.loads(content if content.startswith(b"[") else b"[%b]" % b",".join(lines))[:rows]
+        asked = [(x["question"].strip(), x["target"].strip()) for x in entries]
+        texts = [f"{x['input'].strip()} {x['question'].strip()}" for x in entries]
+        if not entries:
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is no list of JSON objects with input, question and target") from None
-    space = (
-        " " if encoding.n_vocab == 256 else ""
-    )  # larger vocabularies have it in front of the word that follows
+    # vocabularies of more than bytes have the space in front of the word that follows
+    space = " " if encoding.n_vocab == 256 else ""
     return [np.array([bos, *encoding.encode(text + space, disallowed_special=())]) for text in texts], asked
 
 

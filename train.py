@@ -65,7 +65,7 @@ def parse_arguments(argv):
     p.add_argument(
         "--steps", type=int, help=f"optimizer steps (base {PRETRAIN['steps']}, then {POSTTRAIN['steps']})"
     )
-    peaks = [recipe["lr"] for recipe in (PRETRAIN, POSTTRAIN, POSTTRAIN_LARGE)]
+    peaks = [defaults["lr"] for defaults in (PRETRAIN, POSTTRAIN, POSTTRAIN_LARGE)]
     p.add_argument("--lr", type=float, help="peak (base {}, then {}, official sizes {})".format(*peaks))
     p.add_argument("--batch", type=int, help="rows of a micro-batch, on each rank (64; official sizes 8)")
     p.add_argument("--accumulate", type=int, help="micro-batches of a step (1; official sizes 0.5M tokens)")
@@ -344,13 +344,9 @@ def print_table(results):
         for name, measured in results.items():
             inside, *beyond = (mean_loss(measured, part, *x) for x in ranges)
             worst = max(beyond) - inside
-            verdict = (
-                f"holds to {end} T"
-                if worst < 0.1
-                else "gets worse past T"
-                if worst < 0.5
-                else "breaks past T"
-            )
+            verdict = "breaks past T"
+            if worst < 0.5:
+                verdict = "gets worse past T" if worst > 0.1 else f"holds to {end} T"
             say(f"{name}: {part} loss {inside:.2f} inside T, at worst {worst:+.2f} beyond: {verdict}")
 
 

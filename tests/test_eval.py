@@ -479,9 +479,10 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(
     assert heard == ["Ann met Bob. Mary went to the garden. Where is Mary? "] * 4
     with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
         assert list(json.load(f)["accuracy"].values()) == [0.5, 0.5]
-    (tmp_path / "qa3.json").write_text('[{"input": "x"}]')
-    with pytest.raises(ValueError, match=r"qa3.json is no list of JSON objects with input"):
-        ev.main(["babilong", "--init", run, *options, str(tmp_path / "qa3.json")])
+    for bad in ('[{"input": "x"}]', "[]", ""):
+        (tmp_path / "qa3.json").write_text(bad)
+        with pytest.raises(ValueError, match=r"qa3.json is no list of JSON objects with input"):
+            ev.main(["babilong", "--init", run, *options, str(tmp_path / "qa3.json")])
 
 
 @pytest.mark.parametrize(
