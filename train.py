@@ -420,10 +420,10 @@ def draw_position_wise(results, path, title):
             curve(axis, middles(measured["edges"]), [measured["parts"][part]["loss"]], name)
         meaning = f"{part}: {PART_MEANING[part]}"
         dress(axis, measured["T"], meaning, "position in the stream (tokens)", logy=False)
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # not before all is drawn: it also fixes the top, of all panels
     axes[0].set_ylabel("loss (nats per token)")
     axes[-1].legend(frameon=False, fontsize=9)
-    keep(figure, path, title)
+    keep(figure, path, f"{title}, trained on T = {measured['T']} tokens")
 
 
 def make_folder(path):

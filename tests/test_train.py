@@ -300,6 +300,16 @@ def test_weights_that_the_last_step_ruined_are_not_saved(out):
     assert not (out / "mamba2-echo-base-s0" / "checkpoint.pt").exists()
 
 
+def test_the_picture_shows_all_of_every_curve(monkeypatch):
+    figures = []
+    monkeypatch.setattr(train, "keep", lambda figure, path, title: figures.append(figure))
+    parts = {part: dict(loss=[1.0, top], count=[1, 1]) for part, top in (("text", 2.0), ("echo", 5.0))}
+    train.draw_position_wise({"base": dict(T=8, edges=[0, 8, 16], parts=parts)}, "a.png", "a")
+    for axis in figures[0].axes:
+        low, high = axis.get_ylim()
+        assert low == 0 and all(max(line.get_ydata()) < high for line in axis.lines[:1])
+
+
 def test_the_learning_rate_never_rises_after_its_peak():
     for peak in (1e-3, 1e-6):
         rates = [train.learning_rate(step, 100, peak) for step in range(10, 100)]
