@@ -112,6 +112,21 @@ def map_state(f, *states):
     ]
 
 
+class Linear(nn.Linear):
+    """nn.Linear for x (B, T, D); without gradients, float32 on an x86 CPU goes through oneDNN where T > 1.
+
+    MKL, which PyTorch takes there by itself, uses half the vector width of AMD's CPUs: twice the time. For
+    one token the two changes of layout cost more than they save.
+    """
+
+    def forward(self, x):
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] > 1
+        if plain or not cpu or not torch.backends.mkl.is_available():
+            return super().forward(x)
+        return F.linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
+
+
 class Mamba2(nn.Module):
     """The Mamba-2 mixer (Dao & Gu 2024): q = C, k = B, v = dt * x, log_a = -dt * exp(A_log).
 
@@ -130,13 +145,13 @@ class Mamba2(nn.Module):
         self.channels, self.d_conv = self.d_inner + 2 * self.G * self.K, c.d_conv
         self.norm_eps, self.backend = c.norm_eps, c.backend
 
-        self.in_proj = nn.Linear(c.d_model, self.d_inner + self.channels + self.H, bias=False)
+        self.in_proj = Linear(c.d_model, self.d_inner + self.channels + self.H, bias=False)
         self.conv1d = nn.Conv1d(self.channels, self.channels, c.d_conv, groups=self.channels)
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.H))
         self.norm = nn.RMSNorm(self.d_inner, c.norm_eps)
-        self.out_proj = nn.Linear(self.d_inner, c.d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, c.d_model, bias=False)
         with torch.no_grad():  # the residual stream of every depth starts with the same variance
             self.out_proj.weight /= math.sqrt(c.n_layer)
 
@@ -194,13 +209,13 @@ class Mamba1(nn.Module):
         self.H = self.channels = c.expand * c.d_model
         self.K, self.V, self.d_conv, self.dt_rank = c.d_state, 1, c.d_conv, c.dt_rank
         self.backend = c.backend
-        self.in_proj = nn.Linear(c.d_model, 2 * self.H, bias=False)
+        self.in_proj = Linear(c.d_model, 2 * self.H, bias=False)
         self.conv1d = nn.Conv1d(self.H, self.H, c.d_conv, groups=self.H)
-        self.x_proj = nn.Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.H)
+        self.x_proj = Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
+        self.dt_proj = Linear(self.dt_rank, self.H)
         self.A_log = nn.Parameter(torch.arange(1.0, self.K + 1).log().repeat(self.H, 1))
         self.D = nn.Parameter(torch.ones(self.H))
-        self.out_proj = nn.Linear(self.H, c.d_model, bias=False)
+        self.out_proj = Linear(self.H, c.d_model, bias=False)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
             self.dt_proj.bias.copy_(initial_dt_bias(self.H))
@@ -236,15 +251,15 @@ class GLA(nn.Module):
                 f"{self.H} heads cannot share {key_dim} key and {value_dim} value channels evenly"
             )
         self.K, self.V = key_dim // self.H, value_dim // self.H
-        self.q_proj = nn.Linear(c.d_model, key_dim, bias=False)
-        self.k_proj = nn.Linear(c.d_model, key_dim, bias=False)
-        self.v_proj = nn.Linear(c.d_model, value_dim, bias=False)
-        self.g_proj = nn.Linear(c.d_model, value_dim, bias=False)
+        self.q_proj = Linear(c.d_model, key_dim, bias=False)
+        self.k_proj = Linear(c.d_model, key_dim, bias=False)
+        self.v_proj = Linear(c.d_model, value_dim, bias=False)
+        self.g_proj = Linear(c.d_model, value_dim, bias=False)
         self.gk_proj = nn.Sequential(
-            nn.Linear(c.d_model, c.gate_low_rank_dim, bias=False), nn.Linear(c.gate_low_rank_dim, key_dim)
+            Linear(c.d_model, c.gate_low_rank_dim, bias=False), Linear(c.gate_low_rank_dim, key_dim)
         )
         self.g_norm_swish_gate = nn.RMSNorm(self.V, c.norm_eps)  # one weight, shared by the heads
-        self.o_proj = nn.Linear(value_dim, c.d_model, bias=False)
+        self.o_proj = Linear(value_dim, c.d_model, bias=False)
 
     def zero_state(self, B):
         w = self.q_proj.weight
@@ -270,9 +285,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         D = config.d_model
         inner = 256 * math.ceil(int(D * config.hidden_ratio * 2 / 3) / 256)
-        self.gate_proj = nn.Linear(D, inner, bias=False)
-        self.up_proj = nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
+        self.gate_proj = Linear(D, inner, bias=False)
+        self.up_proj = Linear(D, inner, bias=False)
+        self.down_proj = Linear(inner, D, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -338,7 +353,9 @@ class LanguageModel(nn.Module):
             norm: nn.RMSNorm(c.d_model, c.norm_eps),
         }
         self.add_module(trunk, nn.ModuleDict(trunk_modules))
-        self.lm_head = nn.Linear(c.d_model, C, bias=False)
+        self.lm_head = nn.Linear(
+            c.d_model, C, bias=False
+        )  # plain: logits in two layouts take twice the memory
         self.apply(self._init_weights)
         if c.tie_embeddings:
             self.lm_head.weight = trunk_modules[embedding].weight

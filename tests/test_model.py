@@ -12,6 +12,7 @@ MODELS = {
     "gla": dict(layer="gla", num_heads=2),
 }
 EXACT = 1e-9  # float64: only the order of additions differs
+FLOAT32 = 1e-5  # of the largest value, after two layers of float32
 
 
 def make_model(name, **changes):
@@ -81,6 +82,26 @@ def test_chunks_and_definition_give_the_same_model(name):
     tokens = torch.randint(0, 11, (2, 40))
     chunked, recurrent = make_model(name), make_model(name, backend="recurrent")
     assert (chunked(tokens)[0] - recurrent(tokens)[0]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_without_gradients_gives_what_float64_gives(name, monkeypatch):
+    calls, to_mkldnn = [], torch.Tensor.to_mkldnn
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda x: calls.append(x.dtype) or to_mkldnn(x))
+    model, tokens = make_model(name), torch.randint(0, 11, (3, 37))
+    with torch.no_grad():
+        logits, state = model(tokens)
+        assert not calls
+        model.float()
+        logits_32, state_32 = model(tokens)
+    for got, want in zip([logits_32, *tensors(state_32)], [logits, *tensors(state)], strict=True):
+        assert (got - want).abs().max() <= FLOAT32 * want.abs().max()
+    assert bool(calls) == torch.backends.mkl.is_available()  # elsewhere oneDNN would be the slower one
+    calls.clear()
+    model(tokens)[0].sum().backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        lg.Linear(8, 8)(torch.randn(1, 3, 8))
+    assert not calls  # oneDNN's tensors know neither second derivatives nor autocast
 
 
 @pytest.mark.parametrize("name", MODELS)
