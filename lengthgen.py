@@ -353,9 +353,8 @@ class LanguageModel(nn.Module):
             norm: nn.RMSNorm(c.d_model, c.norm_eps),
         }
         self.add_module(trunk, nn.ModuleDict(trunk_modules))
-        self.lm_head = nn.Linear(
-            c.d_model, C, bias=False
-        )  # plain: logits in two layouts take twice the memory
+        # the plain class: logits in two layouts would take twice the memory
+        self.lm_head = nn.Linear(c.d_model, C, bias=False)
         self.apply(self._init_weights)
         if c.tie_embeddings:
             self.lm_head.weight = trunk_modules[embedding].weight

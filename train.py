@@ -189,7 +189,7 @@ def train(model, corpus, settings, folder, device):
     torch.manual_seed(s["seed"])
     rows = lg.Rows(corpus, "train", s["batch"], continues, seed=1000 * s["seed"] + rank())
     noise_rng = torch.Generator(device).manual_seed(1000 * s["seed"] + rank())
-    stats, state, step = lg.StateStatistics(), None, 0
+    stats, state, step, seconds = lg.StateStatistics(), None, 0, 0.0
     optimizer = make_optimizer(model)
 
     checkpoint_file, metrics_file = (os.path.join(folder, f) for f in (lg.CHECKPOINT, "metrics.jsonl"))
@@ -207,6 +207,7 @@ def train(model, corpus, settings, folder, device):
         if step == s["steps"]:
             say(f"{folder}: found, all {step} steps")
             return
+        seconds = saved["seconds"]
         state = lg.map_state(lambda x: x.to(device), [lg.LayerState(*x) for x in mine["state"]])
         stats.load_state_dict(mine["stats"], device)
         rows.load_state_dict(mine["rows"])
@@ -227,7 +228,7 @@ def train(model, corpus, settings, folder, device):
             dist.gather_object(mine, ranks)
         if rank() == 0:
             checkpoint = dict(
-                config=asdict(model.config), settings=s, step=step, model=model.state_dict(),
+                config=asdict(model.config), settings=s, step=step, seconds=seconds, model=model.state_dict(),
                 optimizer=optimizer.state_dict(), ranks=ranks,
             )  # fmt: skip
             write_atomically(checkpoint_file, functools.partial(torch.save, checkpoint))
@@ -258,7 +259,7 @@ def train(model, corpus, settings, folder, device):
     run = torch.compile(run) if s["compile"] else run
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     tokens_per_step = s["batch"] * s["T"] * s["accumulate"] * s["ranks"]
-    started, first = time.time(), step
+    started, first, earlier = time.time(), step, seconds
     while step < s["steps"]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s["steps"], s["lr"])
@@ -276,7 +277,7 @@ def train(model, corpus, settings, folder, device):
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        seconds = time.time() - started
+        seconds = earlier + time.time() - started
         if rank() == 0:
             with open(metrics_file, "a") as f:
                 line = dict(
@@ -284,7 +285,7 @@ def train(model, corpus, settings, folder, device):
                 )
                 f.write(json.dumps(line) + "\n")
         if step % max(1, s["steps"] // 20) == 0 or step == s["steps"]:
-            rate = (step - first) / seconds
+            rate = (step - first) / (seconds - earlier)
             say(
                 f"  step {step:5}/{s['steps']}  {step / s['steps']:4.0%}  loss {step_loss:.3f}  "
                 f"{rate * tokens_per_step:,.0f} tokens/s  {clock((s['steps'] - step) / rate)} left"

@@ -231,6 +231,8 @@ def test_twenty_steps_are_ten_and_a_stop_and_ten_bit_for_bit(name, out, monkeypa
     assert a["step"] == 20 and a["ranks"][0]["stats"]["count"] == 40
     losses = [[line["loss"] for line in metrics(out / x / folder)] for x in "ab"]
     assert losses[0] == losses[1] and len(losses[0]) == 20
+    seconds = [line["seconds"] for line in metrics(out / "b" / folder)]
+    assert seconds == sorted(seconds)
 
 
 def test_a_finished_run_is_found_and_not_repeated(out, monkeypatch, capsys):
