@@ -541,7 +541,8 @@ HARMLESS = (  # settings that change no logits, or that show in the shapes of th
     r"|A_init_range|conv_init)|model_type|architectures|.*token_id|(torch_)?dtype|transformers_version|_.*"
     r"|use_cache|.*initializer_range|time_step_(min|max|floor|scale|init_scheme|rank)|rescale_prenorm_residual"
     r"|num_heads|chunk_size|use_mambapy|use_associative_scan|norm_before_gate|pad_vocab_size_multiple"
-    r"|intermediate_size|max_position_embeddings|attn_mode|conv_size|fuse_.*|use_l2warp"
+    r"|intermediate_size|max_position_embeddings|attn_mode|conv_size|share_conv_kernel|fuse_.*|use_l2warp"
+    r"|d_model|d_inner|n_layer"  # mamba_ssm's, which state-spaces/mamba-*-hf carry as well
 )
 
 

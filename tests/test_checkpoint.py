@@ -4,6 +4,7 @@ import copy
 import functools
 import http.server
 import json
+import math
 import os
 import pickle
 import threading
@@ -182,6 +183,21 @@ def test_flash_linear_attention_loads_what_is_saved_here_and_back(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     back = lg.LanguageModel.from_pretrained(str(tmp_path / "theirs"))
     assert all(torch.equal(x, back.state_dict()[name]) for name, x in ours.state_dict().items())
+
+
+def test_settings_that_published_checkpoints_carry_besides_change_nothing():
+    besides = {
+        "mamba": dict(
+            d_model=8, d_inner=16, n_layer=24, ssm_cfg={}, fused_add_norm=True, pad_vocab_size_multiple=8
+        ),
+        "mamba2": dict(norm_before_gate=True, time_step_limit=[0.0, math.inf], intermediate_size=16),
+        "gla": dict(
+            share_conv_kernel=True, conv_size=4, attn_mode="fused_chunk", max_position_embeddings=2048
+        ),
+    }
+    for kind, more in besides.items():
+        settings = dict(model_type=kind, hidden_size=8, num_hidden_layers=24)
+        assert lg.foreign_config(settings | more, "a") == lg.foreign_config(settings, "a"), kind
 
 
 @pytest.mark.parametrize(
