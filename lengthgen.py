@@ -212,7 +212,7 @@ class Mamba1(nn.Module):
         self.in_proj = Linear(c.d_model, 2 * self.H, bias=False)
         self.conv1d = nn.Conv1d(self.H, self.H, c.d_conv, groups=self.H)
         self.x_proj = Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
-        self.dt_proj = Linear(self.dt_rank, self.H)
+        self.dt_proj = nn.Linear(self.dt_rank, self.H)
         self.A_log = nn.Parameter(torch.arange(1.0, self.K + 1).log().repeat(self.H, 1))
         self.D = nn.Parameter(torch.ones(self.H))
         self.out_proj = Linear(self.H, c.d_model, bias=False)
@@ -568,7 +568,7 @@ def foreign_config(settings, file):
         raise ValueError(f"{file}: ssm_cfg is {ssm!r}, expected a JSON object")
     flat = {k: v for k, v in settings.items() if k != "ssm_cfg"} | {f"ssm_cfg.{k}": v for k, v in ssm.items()}
     kind = str(flat.get("model_type") or flat.pop("ssm_cfg.layer", "Mamba1"))
-    if kind not in KINDS or not {"d_model", "hidden_size"} & flat.keys():
+    if kind not in KINDS or SETTINGS[KINDS[kind][0]]["d_model"] not in flat:
         raise ValueError(f"{file}: unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
     format, layer = KINDS[kind]
     ours = {theirs: x for x, theirs in SETTINGS[format].items()}

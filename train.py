@@ -357,7 +357,7 @@ COLOURS = {  # told apart by colour-blind people too (Okabe & Ito)
     "base": "#D55E00", "zero": "#999999", "random_noise": "#E69F00", "fitted_noise": "#56B4E9",
     "state_passing": "#0072B2", "tbtt": "#009E73",
 }  # fmt: skip
-LABELS = {"base": "base", "zero": "control (no intervention)", "tbtt": "TBTT"}
+LABELS = {"zero": "control (no intervention)", "tbtt": "TBTT"}
 NEW = "#CC79A7"  # an intervention that somebody added
 
 

@@ -198,6 +198,8 @@ def test_settings_that_published_checkpoints_carry_besides_change_nothing():
     for kind, more in besides.items():
         settings = dict(model_type=kind, hidden_size=8, num_hidden_layers=24)
         assert lg.foreign_config(settings | more, "a") == lg.foreign_config(settings, "a"), kind
+    with pytest.raises(ValueError, match="unknown kind of model 'mamba'"):  # besides is not instead
+        lg.foreign_config(dict(model_type="mamba", d_model=8), "a")
 
 
 @pytest.mark.parametrize(
