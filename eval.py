@@ -493,7 +493,7 @@ def sweep(lab, path):
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
         summary |= {f"loss beyond 4 T minus inside T, {what} = {a}": b for a, b in zip(x, y, strict=True)}
-    axes[0].set_ylabel("text loss beyond 4 T above T (nats)")
+    axes[0].set_ylabel("text loss beyond 4 T minus in T (nats)")
     axes[0].set_title("longer training, the same T", fontsize=10)
     axes[1].set_title("longer T, as many tokens", fontsize=10)
     keep(figure, path, f"Unexplored states: when does {lab.model} break?")
