@@ -367,7 +367,7 @@ def compile_ahead():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, kernels._unfit = kernels.scan_kernel, lambda q: None
+    kernel, kernels.reason_against_the_kernel = kernels.scan_kernel, lambda q: None
     pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     sources = []
 
