@@ -1,742 +1,752 @@
-"""Every figure and table of the paper (Buitrago & Gu, ICML 2025), from one command.
+"""The key figures of the paper (Buitrago & Gu, ICML 2025), from one command.
 
-    python eval.py reproduce                       train what is missing, then draw everything
-    python eval.py                                 draw all that the runs found allow
-    python eval.py poswise effrem                  draw these
-    python eval.py poswise --init RUN --data PATH  how a given checkpoint breaks past its training length
-    python eval.py babilong --init RUN --data PATH accuracy on the published BABILong files
+    python eval.py reproduce                        train what is missing, then draw every figure
+    python eval.py                                  draw what the runs that are there allow
+    python eval.py poswise effrem                   draw these figures
+    python eval.py poswise --init RUN --data PATH   how a given checkpoint breaks past its training length
+    python eval.py babilong --init RUN --data FILE  its accuracy on published BABILong files
     python eval.py sample --init RUN --prompt "import os"
 
-Runs are the folders of train.py under --out. Every measurement is kept beside its checkpoint as one JSON
-file, written when it is complete: killed at any moment, the next start loses only the piece in work. Pictures
-go to {out}/figures (on white, which reads on light and dark pages alike), every number drawn to
-{out}/results.json. Letters are those of lengthgen.py; positions are counted in tokens.
+Runs are the folders that train.py writes under --out. Every measurement is kept beside its checkpoint as one
+JSON file. Pictures go to {out}/figures, all numbers to {out}/results.json. Letters are those of lengthgen.py;
+positions and lengths are multiples of the training length T.
 """
 
 import argparse
-import codecs
 import functools
-import glob
-import itertools
 import json
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import lengthgen as lg
-import train
-from train import curve, dress, keep, label, middles, page
 
 # --------------------------------------------------------------------------------------------------
-# What is trained. A preset names its experiments; an experiment is a task and some kinds of runs on it.
+# 1 The look of a picture, the table
 
 
-@dataclass
-class Experiment:
-    task: str
-    kinds: tuple  # "base" and interventions; "zero" is the control, or fine-tuning without an intervention
-    both: str = ""  # arguments of train.py for every run
-    base: str = ""  # ... for the base alone
-    after: str = ""  # ... for what starts from the base
-    init: tuple = ()  # (experiment, kind) whose checkpoint everything starts from instead of an own base
+class Panel(NamedTuple):
+    """One axis of a figure and one block of the table: curves over a place x, which is a multiple of T."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: dict  # label of a run: (x (n,), values (seeds, n))
 
 
-TINY = {
-    "echo": Experiment("echo", ("base", *lg.INTERVENTIONS, "state_passing-scan")),
-    "text": Experiment("text", ("base", "zero", "state_passing"), "--T 64", "--steps 1000", "--steps 200"),
-    # pre-trained no longer than it takes: later on the base learns to drop the string before by itself
-    "copy": Experiment(
-        "copy",
-        ("base", "zero", "state_passing"),
-        "--T 44",
-        "--steps 1000",
-        "--steps 1000 --lr 2e-3 --zero-prob 0.2",
-    ),
-    # passkeys are fine-tuned from the echo base, which can repeat what it has just read
-    "passkey": Experiment(
-        "passkey",
-        ("zero", "fitted_noise"),
-        "--T 640 --batch 8",  # the longer T, the more times its length a key is kept
-        after="--steps 300 --lr 3e-3 --zero-prob 0.1",
-        init=("echo", "base"),
-    ),
-} | {
-    f"babilong/{kind}": Experiment(
-        "babilong", ("zero",), "--T 256 --batch 32", after="--steps 300 --lr 2e-3", init=("echo", kind)
-    )
-    for kind in ("base", "state_passing", "tbtt")
-} | {
-    f"sweep/steps{steps}": Experiment("echo", ("base",), base=f"--steps {steps}")
-    for steps in (200, 400, 800)
-} | {  # as many tokens in every run
-    f"sweep/T{T}": Experiment("echo", ("base",), f"--T {T} --batch {batch}")
-    for T, batch in ((26, 123), (98, 33))
+COLOURS = {  # colour-blind people tell them apart (Okabe & Ito); other labels take matplotlib's next colour
+    "base": "#D55E00", "zero": "#999999", "random_noise": "#E69F00", "fitted_noise": "#56B4E9",
+    "state_passing": "#0072B2", "tbtt": "#009E73",
 }  # fmt: skip
-MEASURES = {  # how much is measured; rows are sequences
-    "poswise": dict(rows=64, windows=256),
-    "gap": dict(rows=64, windows=64),
-    "interventions": dict(rows=256, windows=64),
-    "sweep": dict(rows=128, windows=64),
-    "state": dict(rows=64, windows=64),
-    "effrem": dict(rows=64),
-    "passkey": dict(rows=16, lengths=(1, 2, 4, 8, 16, 32, 64, 128), depths=(0.1, 0.5, 0.9)),
-    "copying": dict(rows=256, windows=4, letters=(10, 20, 30, 40, 60)),
-    "babilong": dict(rows=32, lengths=(1, 2, 4, 8, 16), examples=0),
-    "fewshot": dict(rows=32, lengths=(1, 2, 4, 8, 16), examples=2),
+NAMES = {"zero": "control", "tbtt": "TBTT", "state_passing-scan": "state passing, scan alone"}
+
+
+def pretty(label):
+    return NAMES.get(label, label.replace("_", " "))
+
+
+def panels_of(name, found):
+    """The panels of a measure: one for each list of values that its measurements hold beside the places "x".
+
+    found: {label of a run: measurements, one per seed}
+    """
+    _, _, xlabel, ylabel = MEASURES[name]
+    first = next(iter(found.values()))[0]
+    panels = []
+    for title in first:
+        if title != "x":
+            curves = {}
+            for label, measured in found.items():
+                curves[label] = (measured[0]["x"], [m[title] for m in measured])
+            panels.append(Panel(title, xlabel, ylabel, curves))
+    return panels
+
+
+def draw_panels(panels, path, title):
+    """Draw panels side by side into one PNG: the mean over seeds, shaded from the lowest to the highest."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.7 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, panel in zip(axes, panels, strict=False):
+        # base and control are solid, cures are dashed, and dotted where only half of the state is carried
+        for label, (x, values) in panel.curves.items():
+            style = "--"
+            if label in ("base", "zero"):
+                style = "-"
+            elif label.endswith("-scan"):
+                style = ":"
+            colour = COLOURS.get(label.removesuffix("-scan"))
+            (line,) = axis.plot(x, np.mean(values, 0), style, color=colour, marker=".", label=pretty(label))
+            lowest, highest = np.min(values, 0), np.max(values, 0)
+            axis.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
+
+        if "(T)" in panel.xlabel:  # places in multiples of T, with a dotted line at T
+            axis.axvline(1, linestyle=":", color="black", linewidth=1)
+            axis.text(1, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(panel.title, fontsize=10)
+        axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.grid(alpha=0.3)
+    axes[len(panels) - 1].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    # white, which reads on light and dark pages alike
+    lg.write_atomically(path, functools.partial(figure.savefig, dpi=150, format="png", facecolor="white"))
+
+
+def print_panels(panels):
+    """Print every number that the panels draw: the mean over seeds, and highest minus lowest."""
+    for panel in panels:
+        x, _ = next(iter(panel.curves.values()))
+        print(f"\n{panel.title}: {panel.ylabel} by {panel.xlabel}")
+        print_row("", x, ".3g")
+        for label, (_, values) in panel.curves.items():
+            print_row(pretty(label), np.mean(values, 0), ".3f")
+            if len(values) > 1:
+                print_row("  highest - lowest", np.ptp(values, 0), ".3f")
+
+
+def print_row(name, values, form):
+    print(f"{name:26}" + "".join(f"{value:7{form}}" for value in values), flush=True)
+
+
+def print_verdict(panel):
+    """Say for each curve of loss against position whether it holds past T, if it goes beyond."""
+    print()
+    for label, (x, values) in panel.curves.items():
+        if x[-1] == 1:
+            continue
+        loss = np.mean(values, 0)
+        inside = loss[x.index(1)]
+        worst = loss[x.index(1) + 1 :].max() - inside
+        verdict = "breaks past T"
+        if worst < 0.5:
+            verdict = "gets worse past T"
+        if worst < 0.1:
+            verdict = f"holds to {x[-1]:g} T"
+        print(
+            f"{pretty(label)}: {panel.title} loss {inside:.2f} in T, at worst {worst:+.2f} beyond: {verdict}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# 2 The figures. A measure takes (model, task, corpus, T) and how much to measure, and returns the places "x"
+# and lists of as many values, each of which becomes a panel of that title.
+
+
+def measure_text(model, task, corpus, T, rows, windows):
+    """Loss by position on streams of pure text, whatever the model was trained on."""
+    return lg.position_wise(model, "text", corpus, T, windows, rows)
+
+
+def measure_gap(model, task, corpus, T, rows, windows):
+    """lengthgen.paired_gap of plain text, as means over ranges of blocks that double in length."""
+    tokens, _ = lg.stream(lg.text, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    gap = lg.paired_gap(model, tokens, T)
+    ends = []
+    means = []
+    end = 2
+    while end <= windows:
+        ends.append(end)
+        means.append(float(gap[end // 2 : end].mean()))
+        end *= 2
+    return {"x": ends, "the same text after the whole past, minus after T": means}
+
+
+def measure_state(model, task, corpus, T, rows, windows):
+    """lengthgen.state_std on streams of echo."""
+    at = [T // 2, T]
+    while 2 * at[-1] <= windows * T:
+        at.append(2 * at[-1])
+    tokens, _ = lg.stream(lg.echo, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    full, layers, _ = lg.state_std(model, tokens, at)
+    measured = {"x": [position / T for position in at], "the full state": full.tolist()}
+    for i, layer in enumerate(layers.T):
+        measured[f"layer {i}"] = layer.tolist()
+    return measured
+
+
+def measure_retention(model, task, corpus, T, rows):
+    """How much of its state each head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted."""
+    tokens, _ = lg.echo(lg.Rows(corpus, "val", rows, True, 0), T)
+    kept = []
+    for log_a in lg.decays(model, tokens[:, :-1]):
+        share = log_a.sum(1).exp().mean(0)  # (H,), or (H, K) with one decay per key channel
+        kept += share.reshape(len(share), -1).mean(1).tolist()
+    return {"x": list(range(1, len(kept) + 1)), "what heads keep over T": sorted(kept)}
+
+
+def measure_minus(model, task, corpus, T, rows, windows, amounts):
+    """Loss beyond 4 T when a model forgets faster without training, by log_a minus d."""
+    return measure_changed(model, corpus, T, rows, windows, amounts, torch.sub)
+
+
+def measure_times(model, task, corpus, T, rows, windows, amounts):
+    """Loss beyond 4 T when a model forgets faster without training, by log_a times c."""
+    return measure_changed(model, corpus, T, rows, windows, amounts, torch.mul)
+
+
+def measure_changed(model, corpus, T, rows, windows, amounts, operation):
+    """Loss beyond 4 T on streams of echo, with operation(log_a, amount) in the place of log_a."""
+    tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    bins = np.where(np.arange(T * windows) < 4 * T, -1, part - 1)  # 0 is text, 1 is echo
+    text_losses = []
+    echo_losses = []
+    for amount in amounts:
+        with lg.changed_decay(model, functools.partial(operation, other=amount)):
+            total, count = lg.streaming_loss(model, tokens, bins, lg.segment_for(rows))
+        text_loss, echo_loss = (total / count).tolist()
+        text_losses.append(text_loss)
+        echo_losses.append(echo_loss)
+    return {"x": amounts, "text": text_losses, "echo": echo_losses}
+
+
+def measure_effrem(model, task, corpus, T, rows):
+    """The mean of lengthgen.effective_remembrance over the predictions of each part of an episode of echo."""
+    starts = [1, *(T * i // 8 for i in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32))]
+    tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", rows, True, 0), T, 5)
+    # a few rows at a time, because every suffix is one more row of the batch
+    distances = []
+    for row_tokens in np.split(tokens[:, :-1], rows // 16):
+        distances.append(lg.effective_remembrance(model, row_tokens, starts, 4 * T))
+    distance = torch.cat(distances, dim=1)  # (starts, rows, T)
+    is_text = torch.from_numpy(part[:, 4 * T :] == 1)
+    is_echo = torch.from_numpy(part[:, 4 * T :] == 2)
+    measured = {"x": [start / T for start in starts]}
+    measured["predictions of text"] = distance[:, is_text].mean(1).tolist()
+    measured["predictions of echo"] = distance[:, is_echo].mean(1).tolist()
+    return measured
+
+
+def measure_packed(model, task, corpus, T, rows, windows):
+    """The mean of lengthgen.accuracy in each window of a stream of packed strings."""
+    tokens, part = lg.stream(lg.copy, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    right = lg.accuracy(model, tokens, part).unflatten(1, (windows, T))
+    return {"x": list(range(1, windows + 1)), "packed strings": right.nanmean((0, 2)).tolist()}
+
+
+def measure_passkey(model, task, corpus, T, rows, lengths):
+    """The share of windows whose five digits come first in the greedy continuation."""
+    measured = {"x": lengths}
+    for depth in (0.1, 0.5, 0.9):
+        shares = []
+        for length in lengths:
+            tokens, part = lg.passkey(lg.Rows(corpus, "val", rows, False, 0), T * length, depth)
+            shares.append(exact_match(model, tokens, part == 2))
+        measured[f"key at depth {depth}"] = shares
+    return measured
+
+
+def measure_babilong(model, task, corpus, T, rows, lengths):
+    """The share of our own stories whose question is answered in the very words."""
+    measured = {"x": lengths}
+    for qa, title in ((1, "qa1: where is Mary?"), (2, "qa2: where is the milk?")):
+        shares = []
+        for length in lengths:
+            tokens, part = lg.babilong(lg.Rows(corpus, "val", rows, False, 0), T * length, qa)
+            shares.append(exact_match(model, tokens, part))
+        measured[title] = shares
+    return measured
+
+
+def exact_match(model, tokens, asked):
+    """The share of rows where the likeliest token is the target at every place that is asked for (B, N)."""
+    right = lg.accuracy(model, tokens, asked).nan_to_num(1.0)
+    return float((right == 1).all(1).double().mean())
+
+
+AT = "position (T)"
+LOSS = "loss (nats per token)"
+MEASURES = {  # name: (function, how much it measures, the labels of the axes); rows are streams or windows
+    "poswise": (lg.position_wise, dict(rows=64, windows=256), AT, LOSS),
+    "interventions": (lg.position_wise, dict(rows=256, windows=64), AT, LOSS),
+    "text": (measure_text, dict(rows=128, windows=64), AT, LOSS),
+    "gap": (measure_gap, dict(rows=128, windows=64), AT, "paired gap (nats per token)"),
+    "state": (measure_state, dict(rows=64, windows=64), "t (T)", "std of the state"),
+    "effrem": (measure_effrem, dict(rows=64), "t: tokens left out (T)", "EffRem(t), total variation"),
+    "retention": (measure_retention, dict(rows=256), "head, sorted", "share of the state"),
+    "minus": (
+        measure_minus,
+        dict(rows=32, windows=64, amounts=[0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]),
+        "d: log_a minus d",
+        "loss beyond 4 T (nats)",
+    ),
+    "times": (
+        measure_times,
+        dict(rows=32, windows=64, amounts=[1, 1.5, 2, 3, 5, 8, 12]),
+        "c: log_a times c",
+        "loss beyond 4 T (nats)",
+    ),
+    "packed": (measure_packed, dict(rows=256, windows=4), AT, "accuracy"),
+    "passkey": (
+        measure_passkey,
+        dict(rows=16, lengths=[1, 2, 4, 8, 16, 32, 64, 128]),
+        "length (T)",
+        "accuracy",
+    ),
+    "babilong": (measure_babilong, dict(rows=64, lengths=[1, 2, 4, 8, 16]), "length (T)", "accuracy"),
 }
-PRESETS = {"tiny": (TINY, MEASURES)}
-TRAIN_RATE, READ_RATE = 30e3 * 60, 90e3 * 60  # tokens a minute on two CPU cores, for the budget
+PAIR = ["base", "state_passing"]
+MAIN = ["base", "zero", "state_passing", "tbtt"]
+ALL = [*COLOURS, "state_passing-scan"]
+STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
+STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
+LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
+FAST = ["retention", "minus", "times"]
+FIGURES = {  # name: (title, experiment of PLAN, what is drawn: (measure, task, labels or {label: run}))
+    "poswise": ("Loss by position far beyond T", "echo", [("poswise", "echo", MAIN)]),
+    "interventions": ("The interventions on the initial state", "echo", [("interventions", "echo", ALL)]),
+    "text": ("Streams of pure text", "mixed", [("text", "mixed", [*COLOURS]), ("gap", "mixed", [*COLOURS])]),
+    "state": ("Std of the state over time", "echo", [("state", "echo", PAIR)]),
+    "forgetting": ("Why not simply forget faster?", "echo", [(measure, "echo", PAIR) for measure in FAST]),
+    "effrem": ("Effective remembrance at 4 T", "echo", [("effrem", "echo", MAIN)]),
+    "copying": ("Copying random letters", "copy", [("packed", "copy", MAIN)]),
+    "passkey": ("A passkey after fine-tuning", "passkey", [("passkey", "passkey", ["zero", "fitted_noise"])]),
+    "babilong": ("BABILong after fine-tuning", "babilong", [("babilong", "babilong", STARTS)]),
+    "sweep": ("When does a base break?", "sweep", [("interventions", "echo", x) for x in (STEPS, LENGTHS)]),
+}
+
+# --------------------------------------------------------------------------------------------------
+# 3 Keeping measurements, drawing
 
 
-@dataclass
-class Run:
-    """One folder of train.py: where it is, how it is made, and about how long that takes."""
+def run_folder(out, model, task, label, seed):
+    """The folder of a run of train.py. label: "base", or the intervention, with "-scan" for --carry scan.
 
-    experiment: str
-    seed: int
-    folder: str
-    argv: list
-    needs: "Run | None"  # what it starts from
+    A label "parent/base" is a run under --out {out}/parent.
+    """
+    parent, _, label = label.rpartition("/")
+    return os.path.join(out, parent, f"{model}-{task}-{label}-s{seed}")
 
-    @property
-    def minutes(self):
-        a = train.parse_arguments(self.argv)
-        steps = a.steps or (train.POSTTRAIN if a.intervention else train.PRETRAIN)["steps"]
-        measured = (2 if a.intervention else 1) * 13e3 * 64  # tokens: train.py ends with loss by position
-        tokens = steps * (a.batch or train.POSTTRAIN["batch"]) * (a.T or lg.TASKS[a.task][1])
-        return tokens / TRAIN_RATE + measured / READ_RATE
+
+def finished(folder):
+    """The checkpoint in a folder whose run reached its last step, else None."""
+    if not os.path.exists(os.path.join(folder, lg.CHECKPOINT)):
+        return None
+    checkpoint = lg.load_checkpoint(folder)
+    return checkpoint if checkpoint["step"] == checkpoint["settings"]["steps"] else None
 
 
 class MissingRuns(ValueError):
-    """A figure needs runs that were not trained."""
+    """A figure has no finished runs to draw."""
 
 
-@dataclass
-class Lab:
-    """The runs under one folder, their measurements, and the figures made of them."""
-
-    out: str
-    model: str = "mamba2"
-    seeds: tuple = (0,)
-    preset: str = "tiny"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    measurements: dict = field(default_factory=dict)  # of the figure at hand: {file: content}
-
-    @functools.cached_property
-    def corpus(self):
-        return lg.load_corpus()
-
-    def run(self, experiment, kind, seed):
-        e = PRESETS[self.preset][0][experiment]
-        parent = self.out if experiment == e.task else os.path.join(self.out, experiment)
-        argv = ["--task", e.task, "--seed", str(seed), "--out", parent, *e.both.split()]
-        needs = None
-        if e.init:
-            needs = self.run(*e.init, seed)
-            argv += ["--init", needs.folder]
-        else:
-            argv += ["--model", self.model]
-            needs = self.run(experiment, "base", seed) if kind != "base" else None
-        if kind == "base":
-            argv += e.base.split()
-        else:
-            intervention, _, scan = kind.partition("-")
-            argv += ["--intervention", intervention, *(["--carry", "scan"] if scan else []), *e.after.split()]
-        folder = os.path.join(parent, f"{self.model}-{e.task}-{kind}-s{seed}")
-        return Run(experiment, seed, folder, argv, needs)
-
-    def planned(self, experiments, kinds=None):
-        """{(experiment, kind): runs, one per seed}, whether they exist or not."""
-        return {
-            (name, kind): [self.run(name, kind, seed) for seed in self.seeds]
-            for name in experiments
-            for kind in PRESETS[self.preset][0][name].kinds
-            if kinds is None or kind in kinds
-        }
-
-    def runs(self, *experiments, kinds=None):
-        """Those of `planned` that are finished; MissingRuns if there are none."""
-        plan = self.planned(experiments, kinds)
-        found = {key: [run for run in runs if train.finished(run.folder)] for key, runs in plan.items()}
-        found = {key: runs for key, runs in found.items() if runs}
+def draw(name, args, seeds, device):
+    """Draw one figure of the runs under --out, print its numbers, and add them to results.json."""
+    title, _, blocks = FIGURES[name]
+    panels = []
+    for measure, task, labels in blocks:
+        if isinstance(labels, list):  # an intervention that somebody added is compared with the others
+            forks = [label for label in lg.INTERVENTIONS if label not in COLOURS]
+            labels = {label: label for label in [*labels, *forks]}
+        found = {}
+        for label, run in labels.items():
+            folders = [run_folder(args.out, args.model, task, run, seed) for seed in seeds]
+            measured = [measure_run(measure, task, folder, device) for folder in folders if finished(folder)]
+            if measured:
+                found[label] = measured
         if not found:
-            raise MissingRuns(
-                f"no finished run of {self.model} on {' or '.join(experiments)} under {self.out!r}, make "
-                f"them with: python eval.py reproduce --model {self.model} --out {self.out}"
-            )
-        return found
+            command = f"python eval.py reproduce {name} --model {args.model} --out {args.out}"
+            raise MissingRuns(f"no finished run of {args.model} on {task}, make it with: {command}")
+        panels += panels_of(measure, found)
+    path = os.path.join(args.out, "figures", f"{args.model}-{name}.png")
+    make_folder(os.path.dirname(path))
+    draw_panels(panels, path, f"{title}\n{args.model}, {len(seeds)} seed{'s' * (len(seeds) > 1)}")
+    print(f"\n{name}: {path}")
+    print_panels(panels)
 
-    def measure(self, run, name, function):
-        """function(model, T, **settings), kept in the run's folder as eval-{name}.json and read from there if
-        that is younger than the checkpoint and was made with the same settings."""
-        settings = json.loads(json.dumps(PRESETS[self.preset][1].get(name, {})))
-        file, checkpoint = (os.path.join(run.folder, f) for f in (f"eval-{name}.json", lg.CHECKPOINT))
-        again = f"python eval.py --out {self.out} --model {self.model}"
-        kept = read_json(file, again) if os.path.exists(file) else {}
-        if not (
-            kept.get("settings") == settings
-            and os.path.exists(checkpoint)
-            and os.path.getmtime(file) >= os.path.getmtime(checkpoint)
-        ):
-            saved = lg.load_checkpoint(run.folder)
-            layer, trained = saved["config"]["layer"], saved["settings"]
-            if layer != self.model:
-                raise ValueError(f"{run.folder} holds a {layer}, not a {self.model}: choose another --out")
-            model = lg.LanguageModel.from_checkpoint(saved).to(self.device).eval()
-            print(f"  {name} of {run.folder} ...", end="", flush=True)
-            started = time.time()
-            value = function(model, trained["T"], **settings)
-            versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-            kept = dict(
-                value=value, settings=settings, seed=run.seed, trained=trained, command=again,
-                versions=versions, made=time.strftime("%Y-%m-%d %H:%M:%S"), seconds=time.time() - started,
-            )  # fmt: skip
-            train.write_json(file, kept)
-            print(f" {kept['seconds']:.0f} s", flush=True)
-        self.measurements[file] = kept
-        return kept["value"]
+    # the numbers of other figures and architectures stay
+    file = os.path.join(args.out, "results.json")
+    results = read_json(file)
+    command = f"python eval.py {name} --out {args.out} --model {args.model} --seeds {len(seeds)}"
+    entry = dict(
+        picture=path, command=command, versions=versions(), panels=[panel._asdict() for panel in panels]
+    )
+    results.setdefault(args.model, {})[name] = entry
+    write_json(file, results)
 
 
-def read_json(file, again):
-    try:
-        with open(file) as f:
-            content = json.load(f)
-        if not isinstance(content, dict):
-            raise ValueError
-        return content
-    except ValueError:
-        raise ValueError(f"{file} is cut off or no results of eval.py: remove it and run {again}") from None
+@functools.cache
+def default_corpus():
+    return lg.load_corpus()
+
+
+def measure_run(name, task, folder, device):
+    """A measurement of a run, from its file unless the checkpoint is younger or the settings are others."""
+    function, settings, _, _ = MEASURES[name]
+    file = os.path.join(folder, f"eval-{name}.json")
+    kept = read_json(file)
+    is_old = not kept or os.path.getmtime(file) < os.path.getmtime(os.path.join(folder, lg.CHECKPOINT))
+    if is_old or kept["settings"] != settings:
+        print(f"  {name} of {folder} ...", flush=True)
+        checkpoint = lg.load_checkpoint(folder)
+        trained = checkpoint["settings"]
+        if trained["data"] != default_corpus().name:
+            found = f"was trained on {trained['data']}, not on {default_corpus().name}"
+            raise ValueError(f"{folder} {found}: choose another --out")
+        model = lg.model_from_checkpoint(checkpoint).to(device).eval()
+        value = function(model, task, default_corpus(), trained["T"], **settings)
+        kept = dict(value=value, settings=settings, trained=trained, versions=versions())
+        write_json(file, kept)
+    return kept["value"]
+
+
+def versions():
+    """What made a number: the versions of Python, PyTorch and NumPy, and the date."""
+    date = time.strftime("%Y-%m-%d %H:%M")
+    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, date=date)
+
+
+def read_json(file):
+    """A dictionary from a file that eval.py wrote, {} if there is none; ValueError if the file is damaged."""
+    if not os.path.exists(file):
+        return {}
+    with lg.door(file, "results of eval.py: remove it"), open(file) as f:
+        return dict(json.load(f))
+
+
+def write_json(file, value):
+    def write(temporary):
+        with open(temporary, "w") as f:
+            json.dump(value, f, indent=1)
+
+    lg.write_atomically(file, write)
 
 
 # --------------------------------------------------------------------------------------------------
-# The figures. Each takes (lab, path of its picture) and returns its lines of the summary: {what: number}
+# 4 The plan: command lines of train.py, which skips what is finished
+
+PLAN = {  # experiment: command lines in the order of dependence; {base} is the folder of the base of echo
+    "echo": [
+        "--task echo --intervention {each}",  # a line for each of INTERVENTIONS
+        "--task echo --intervention state_passing --carry scan",
+    ],
+    "mixed": ["--task mixed --steps 4000 --lr 5e-3", "--task mixed --intervention {each}"],
+    "copy": [  # not pre-trained for longer, because the base then learns by itself to drop the string before
+        "--task copy --T 44 --steps 1000",
+        "--task copy --T 44 --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention zero",
+        "--task copy --T 44 --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention state_passing",
+    ],
+    "passkey": [  # the base of echo can repeat what it has just read
+        "--task echo",
+        "--task passkey --init {base} --T 640 --batch 8 --steps 300 --lr 3e-3 --zero-prob 0.1"
+        " --intervention zero",
+        "--task passkey --init {base} --T 640 --batch 8 --steps 300 --lr 3e-3 --zero-prob 0.1"
+        " --intervention fitted_noise",
+    ],
+    "babilong": [
+        "--task echo --intervention state_passing",
+        "--task echo --intervention tbtt",
+        "--task babilong --init {base} --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
+        " --out {out}/from-base",
+        "--task babilong --init {state_passing} --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
+        " --out {out}/from-sp",
+        "--task babilong --init {tbtt} --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
+        " --out {out}/from-tbtt",
+    ],
+    "sweep": [  # batches of as many tokens
+        "--task echo",
+        "--task echo --steps 200 --out {out}/steps200",
+        "--task echo --steps 400 --out {out}/steps400",
+        "--task echo --T 26 --batch 123 --out {out}/T26",
+        "--task echo --T 98 --batch 33 --out {out}/T98",
+    ],
+}
 
 
-def heat(axis, values, rows, columns, title, highest, form="{:.2f}"):
-    """A map with its numbers written in, dark blue for high: values (rows, columns)."""
-    values = np.array(values)
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-    for i, j in np.ndindex(*values.shape):
-        colour = "white" if values[i, j] > 0.55 * highest else "black"
-        axis.text(j, i, form.format(values[i, j]), ha="center", va="center", fontsize=7, color=colour)
-    axis.set_xticks(range(len(columns)), columns, fontsize=8)
-    axis.set_yticks(range(len(rows)), rows, fontsize=8)
-    axis.set_title(title, fontsize=10)
+def command_lines(experiment, out, model, seed):
+    """The command lines of an experiment with everything filled in, as lists of words."""
+    folders = {label: run_folder(out, model, "echo", label, seed) for label in COLOURS}
+    lines = []
+    for template in PLAN[experiment]:
+        for name in lg.INTERVENTIONS if "{each}" in template else [""]:
+            words = [word.format(each=name, out=out, **folders) for word in template.split()]
+            lines.append(["--model", model, "--seed", str(seed), "--out", out, *words])
+    return lines
 
 
-def losses(lab, runs, name="poswise"):
-    """Per seed the result of lengthgen.position_wise on the task of the runs."""
-    task = PRESETS[lab.preset][0][runs[0].experiment].task
-
-    def function(model, T, rows, windows):
-        return lg.position_wise(model, task, lab.corpus, T, windows, rows)
-
-    return [lab.measure(run, name, function) for run in runs]
-
-
-def mean_losses(measured, part, low, high=math.inf):
-    return np.array([train.mean_loss(m, part, low, high) for m in measured])
-
-
-def perplexity(axis, measured, part, kind):
-    x = middles(measured[0]["edges"])
-    curve(axis, x, [np.exp(m["parts"][part]["loss"]) for m in measured], kind)
-
-
-def poswise(lab, path):
-    """Position-wise perplexity (the paper's first figure): base, control and cured, far beyond T."""
-
-    def gap(model, T, rows, windows):
-        tokens, _ = lg.stream(lg.text, lg.Rows(lab.corpus, "val", rows, True, 0), T, windows)
-        gap = lg.paired_gap(model, tokens, T)
-        edges = [2**i for i in range(windows.bit_length())]  # ranges of blocks, doubling
-        return dict(edges=edges, gap=[float(gap[a:b].mean()) for a, b in itertools.pairwise(edges)])
-
-    found = lab.runs("echo", "text", kinds=("base", "zero", "state_passing", "tbtt"))
-    panels = [
-        p for task, n in (("echo", 2), ("text", 2)) for p in [task] * n if any(t == task for t, _ in found)
-    ]
-    figure, axes = page(len(panels))
-    summary = {}
-    for (task, kind), runs in found.items():
-        measured, mine = losses(lab, runs), axes[panels.index(task) :]
-        T, parts = measured[0]["T"], measured[0]["parts"]
-        for axis, part in zip(mine, parts, strict=False):
-            perplexity(axis, measured, part, kind)
-            title = f"echo: {train.PART_MEANING[part]}" if task == "echo" else "trained on plain text"
-            dress(axis, T, title, "position (tokens)", "perplexity")
-            for where, low, high in (("inside T", 0, 1), ("beyond 64 T", 64, math.inf)):
-                what = f"{task}, {part} part, {label(kind)}: loss {where}"
-                summary[what] = mean_losses(measured, part, low, high).mean()
-        if task == "text":
-            gaps = [lab.measure(run, "gap", gap) for run in runs]
-            edges = gaps[0]["edges"]
-            curve(mine[1], middles(np.array(edges) * T), [g["gap"] for g in gaps], kind)
-            dress(
-                mine[1], T, "plain text: what the past costs", "position (tokens)", "paired gap (nats)", False
-            )
-            far = f"{edges[-2]} to {edges[-1]} T"
-            summary[f"text, {label(kind)}: paired gap at {far}"] = np.mean([g["gap"][-1] for g in gaps])
-    axes[0].legend(frameon=False, fontsize=8)
-    keep(figure, path, f"Position-wise perplexity of {lab.model}, streamed from a zero state")
-    return summary
-
-
-def interventions(lab, path):
-    """The four interventions and the control, mean and spread over seeds (the paper's second figure)."""
-    figure, axes = page(2, width=5, height=4)
-    summary = {}
-    found = {kind: losses(lab, runs, "interventions") for (_, kind), runs in lab.runs("echo").items()}
-    for axis, part in zip(axes, ("text", "echo"), strict=True):
-        for kind, measured in found.items():
-            perplexity(axis, measured, part, kind)
-            for where, low, high in (("inside T", 0, 1), ("beyond 4 T", 4, math.inf)):
-                means = mean_losses(measured, part, low, high)
-                summary[f"{part} part, {label(kind)}: loss {where}"] = means.mean()
-                if len(means) > 1:
-                    summary[f"{part} part, {label(kind)}: loss {where}, highest minus lowest"] = np.ptp(means)
-        dress(axis, measured[0]["T"], f"echo: {train.PART_MEANING[part]}", "position (tokens)", "perplexity")
-    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    n = len(lab.seeds)
-    seeds = f"mean and range of {n} seeds" if n > 1 else f"seed {lab.seeds[0]}"
-    keep(figure, path, f"Interventions on the initial state, {lab.model}, {seeds}")
-    return summary
-
-
-def state(lab, path):
-    """Std of the full state over t, as in the paper, and how much each head grows beyond its size at T."""
-
-    def function(model, T, rows, windows):
-        at = [T // 4, T // 2, *(T * 2**i for i in range(windows.bit_length()))]
-        some = lg.Rows(lab.corpus, "val", rows, True, 0)
-        tokens, _ = lg.stream(lg.echo, some, T, windows)
-        full, layers, heads = lg.state_std(model, tokens, at)
-        return dict(T=T, at=at, full=full.tolist(), layers=layers.tolist(), heads=heads.tolist())
-
-    kinds = ("base", "state_passing")
-    figure, axes = page(3, width=5)
-    summary, growths = {}, {}
-    for (_, kind), runs in lab.runs("echo", kinds=kinds).items():
-        measured = [lab.measure(run, "state", function) for run in runs]
-        T, at = measured[0]["T"], measured[0]["at"]
-        curve(axes[0], at, [m["full"] for m in measured], kind)
-        first = at.index(T)
-        full = np.mean([m["full"][-1] / m["full"][first] for m in measured])
-        summary[f"{label(kind)}: std of the full state at {at[-1] // T} T over that at T"] = full
-        growth = [np.array(m["layers"][-1]) / np.array(m["layers"][first]) for m in measured]
-        growths[kind] = np.mean([np.array(m["heads"][-1]) / m["heads"][first] for m in measured], axis=0)
-        for i, g in enumerate(np.mean(growth, axis=0)):
-            summary[f"{label(kind)}: std of layer {i} at {at[-1] // T} T over that at T"] = g
-    dress(axes[0], T, "std of the full state", "t (tokens)", "std")
-    axes[0].legend(frameon=False, fontsize=8)
-    for axis, (kind, growth) in zip(axes[1:], growths.items(), strict=False):
-        L, H = growth.shape
-        title = f"{label(kind)}: std at {at[-1] // T} T over std at T"
-        heat(axis, growth, [f"layer {i}" for i in range(L)], range(H), title, 4, "{:.1f}")
-        axis.set_xlabel("head")
-    keep(figure, path, f"The state over time, {lab.model} on echo")
-    return summary
-
-
-def effrem(lab, path):
-    """Effective remembrance: how much the predictions past 4 T change without the first t tokens."""
-
-    def function(model, T, rows):
-        starts = sorted({1, *(T * i // 8 for i in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32))})
-        some = lg.Rows(lab.corpus, "val", rows, True, 0)
-        tokens, part = lg.stream(lg.echo, some, T, 5)
-        pieces = [
-            lg.effective_remembrance(model, x, starts, 4 * T) for x in np.split(tokens[:, :-1], rows // 16)
-        ]
-        distance = torch.cat(pieces, dim=1)  # in pieces, because every suffix is one more row of the batch
-        means = [distance[:, torch.from_numpy(part[:, 4 * T :] == p)].mean(1).tolist() for p in (1, 2)]
-        return dict(T=T, starts=starts, text=means[0], echo=means[1])
-
-    figure, axes = page(2)
-    summary = {}
-    for (_, kind), runs in lab.runs("echo", kinds=("base", "zero", "state_passing", "tbtt")).items():
-        measured = [lab.measure(run, "effrem", function) for run in runs]
-        T, starts = measured[0]["T"], measured[0]["starts"]
-        for axis, part in zip(axes, ("text", "echo"), strict=True):
-            curve(axis, starts, [m[part] for m in measured], kind)
-            at_T = np.mean([m[part][starts.index(T)] for m in measured])
-            summary[f"EffRem(T) at 4 T, {part} part, {label(kind)}"] = at_T
-    for axis, part in zip(axes, ("text", "echo"), strict=True):
-        dress(axis, T, f"predictions of {part}", "t: tokens left out", "EffRem(t), total variation")
-    axes[0].legend(frameon=False, fontsize=8)
-    keep(figure, path, f"Effective remembrance at 4 T, {lab.model} on echo")
-    return summary
-
-
-def passkey(lab, path):
-    """Passkey accuracy by depth and length, after fine-tuning at T: plain, and with fitted noise."""
-
-    def function(model, T, rows, lengths, depths):
-        accuracy = [[lg.passkey_accuracy(model, lab.corpus, T * n, d, rows) for n in lengths] for d in depths]
-        return dict(T=T, lengths=lengths, depths=depths, accuracy=accuracy)
-
-    figure, axes = page(2, width=5.5, height=3.2)
-    summary = {}
-    for axis, ((_, kind), runs) in zip(axes, lab.runs("passkey").items(), strict=False):
-        measured = [lab.measure(run, "passkey", function) for run in runs]
-        m, mean = measured[0], np.mean([m["accuracy"] for m in measured], axis=0)
-        title = "fine-tuned, " + ("plain" if kind == "zero" else label(kind))
-        heat(axis, mean, m["depths"], [f"{n}T" for n in m["lengths"]], title, 1)
-        axis.set(xlabel="length", ylabel="depth of the key")
-        for limit in (1, 8, 32, 128):
-            upto = [i for i, n in enumerate(m["lengths"]) if n <= limit]
-            summary[f"passkey, {title}: lowest accuracy up to {limit} T"] = mean[:, upto].min()
-    keep(figure, path, f"Accuracy on a passkey of five digits, {lab.model}, T = {m['T']}")
-    return summary
-
-
-def copying(lab, path):
-    """Copying accuracy: packed streams at 1 to 4 T, and single strings longer than those of training."""
-
-    def function(model, T, rows, windows, letters):
-        some = lg.Rows(lab.corpus, "val", rows, True, 0)
-        tokens, part = lg.stream(lg.copy, some, T, windows)
-        packed = lg.accuracy(model, tokens, part).unflatten(1, (windows, T)).nanmean((0, 2)).tolist()
-        single = [float(lg.accuracy(model, *lg.copy(some, 2 * n + 3, n, n)).nanmean()) for n in letters]
-        return dict(T=T, packed=packed, letters=letters, single=single)
-
-    figure, axes = page(2)
-    summary = {}
-    for (_, kind), runs in lab.runs("copy").items():
-        measured = [lab.measure(run, "copying", function) for run in runs]
-        m = measured[0]
-        x = np.arange(1, len(m["packed"]) + 1)
-        for axis, where, key in ((axes[0], x, "packed"), (axes[1], m["letters"], "single")):
-            curve(axis, where, [m[key] for m in measured], kind)
-            for i, n in enumerate(where):
-                what = f"packed stream at {n} T" if key == "packed" else f"one string of {n} letters"
-                values = [m[key][i] for m in measured]
-                summary[f"copying, {label(kind)}: {what}"] = np.mean(values)
-    axes[0].set_title(f"packed strings of 5-20 letters, T = {m['T']}", fontsize=10)
-    axes[0].set(xlabel="position in the stream (T)", ylabel="accuracy", ylim=(0, 1.02), xticks=x)
-    axes[1].set_title("one string, from a zero state", fontsize=10)
-    axes[1].set(xlabel="letters", ylim=(0, 1.02))
-    axes[1].axvline(20, linestyle=":", color="black", linewidth=1)
-    axes[1].text(20, 0.02, " longest in training", fontsize=8)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[1].legend(frameon=False, fontsize=8)
-    keep(figure, path, f"Copying random letters, {lab.model}")
-    return summary
-
-
-def babilong(lab, path):
-    """BABILong qa1-qa5 by length, fine-tuned at T without interventions from three starts, and few-shot."""
-
-    def function(model, T, rows, lengths, examples):
-        T = lg.TASKS["babilong"][1]  # few-shot the checkpoint's own T is that of another task
-        accuracy = [
-            [
-                lg.babilong_accuracy(model, *lg.babilong_prompts(lab.corpus, T * n, qa, rows, examples), qa)
-                for n in lengths
-            ]
-            for qa in range(1, 6)
-        ]
-        return dict(T=T, lengths=lengths, accuracy=accuracy)
-
-    starts = ("base", "state_passing", "tbtt")
-    figure, axes = page(2 + len(starts), width=3.4)
-    summary = {}
-    for name, tuned, axis in (("babilong", "fine-tuned", axes[0]), ("fewshot", "two examples", axes[1])):
-        for i, start in enumerate(starts):
-            found = lab.runs(f"babilong/{start}") if name == "babilong" else lab.runs("echo", kinds=(start,))
-            measured = [lab.measure(run, name, function) for runs in found.values() for run in runs]
-            m, accuracy = measured[0], np.array([m["accuracy"] for m in measured])  # (seeds, qa, lengths)
-            curve(axis, np.array(m["lengths"]) * m["T"], accuracy.mean(1), start)
-            for n, value in zip(m["lengths"], accuracy.mean((0, 1)), strict=True):
-                summary[f"BABILong, mean of qa1-5, {tuned}, {label(start)}, {n} T"] = value
-            if name == "babilong":
-                columns = [f"{n}T" for n in m["lengths"]]
-                rows = [f"qa{k}" for k in range(1, 6)]
-                heat(axes[2 + i], accuracy.mean(0), rows, columns, f"fine-tuned from {label(start)}", 1)
-        dress(axis, m["T"], f"mean of qa1-qa5, {tuned}", "length (tokens)", "accuracy", logy=False)
-        axis.set_ylim(0, 1)
-        axis.axhline(1 / 6, color="black", linewidth=0.6)
-    axes[0].legend(frameon=False, fontsize=8)
-    keep(figure, path, f"BABILong, {lab.model}, T = {m['T']}; thin line: one of six rooms, blindly")
-    return summary
-
-
-def sweep(lab, path):
-    """When does a model break? Loss beyond 4 T over that inside T, against training steps and against T."""
-    points = {"steps": [], "T": []}
-    names = [name for name in PRESETS[lab.preset][0] if name == "echo" or name.startswith("sweep/")]
-    for (name, _), runs in lab.runs(*names, kinds=("base",)).items():
-        measured = losses(lab, runs, "sweep")
-        worse = mean_losses(measured, "text", 4) - mean_losses(measured, "text", 0, 1)
-        steps = lg.load_checkpoint(runs[0].folder)["settings"]["steps"]
-        for what, x in (("steps", steps), ("T", measured[0]["T"])):
-            if name == "echo" or name.startswith(f"sweep/{what}"):
-                points[what].append((x, worse.mean()))
-    figure, axes = page(2, sharey=True)
-    summary = {}
-    for axis, (what, unit) in zip(
-        axes, (("steps", "training steps"), ("T", "training length T")), strict=True
-    ):
-        x, y = zip(*sorted(points[what]), strict=True)
-        curve(axis, x, [y], "base")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(x, x)
-        axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-        summary |= {f"loss beyond 4 T minus inside T, {what} = {a}": b for a, b in zip(x, y, strict=True)}
-    axes[0].set_ylabel("text loss beyond 4 T minus in T (nats)")
-    axes[0].set_title("longer training, the same T", fontsize=10)
-    axes[1].set_title("longer T, as many tokens", fontsize=10)
-    keep(figure, path, f"Unexplored states: when does {lab.model} break?")
-    return summary
-
-
-FIGURES = {  # name: (function, experiments it is made of, minutes of measuring a seed on two CPU cores)
-    "poswise": (poswise, ("echo", "text"), 1.5),
-    "interventions": (interventions, ("echo",), 1),
-    "state": (state, ("echo",), 0.3),
-    "effrem": (effrem, ("echo",), 0.3),
-    "copying": (copying, ("copy",), 0.2),
-    "passkey": (passkey, ("passkey",), 3),
-    "sweep": (sweep, ("echo", *(e for e in TINY if e.startswith("sweep/"))), 1.5),
-    "babilong": (babilong, ("echo", *(e for e in TINY if e.startswith("babilong/"))), 4),
-}  # fmt: skip
-
-
-def draw(lab, name):
-    """One figure: its picture, its lines of the summary, its part of results.json."""
+def reproduce(names, args, seeds, device):
+    """Train what some figures need, one command line after the other, then draw them."""
+    lines = []
+    for name in names:
+        for seed in seeds:
+            for line in command_lines(FIGURES[name][1], args.out, args.model, seed):
+                if line not in lines:
+                    lines.append(line)
     started = time.time()
-    folder = os.path.join(lab.out, "figures")
-    train.make_folder(folder)
-    path = os.path.join(folder, f"{lab.model}-{name}.png")
-    lab.measurements = {}
-    summary = {what: float(value) for what, value in FIGURES[name][0](lab, path).items()}
-    file = os.path.join(lab.out, "results.json")
-    results = read_json(file, "python eval.py") if os.path.exists(file) else {}
-    results.setdefault(lab.model, {})[name] = dict(
-        picture=path, command=f"python eval.py {name} --out {lab.out} --model {lab.model}", summary=summary,
-        measurements=lab.measurements,
-    )  # fmt: skip
-    train.write_json(file, results)
-    print(f"{name}: {path}   ({train.clock(time.time() - started)})", flush=True)
-    return summary
-
-
-def print_summary(summaries):
-    for name, summary in summaries.items():
-        print(f"\n{name}: {FIGURES[name][0].__doc__.splitlines()[0]}")
-        for what, value in summary.items():
-            print(f"  {what:84}{value:9.3f}")
-
-
-def reproduce(lab, names):
-    """Train what is missing and draw, figure by figure; goes on where it was stopped."""
-
-    def chain(run):
-        return [*(chain(run.needs) if run.needs else []), run]
-
-    work, planned = [], set()  # of (figure, minutes, Run or None to draw)
+    for i, line in enumerate(lines, 1):
+        print(f"\nrun {i} of {len(lines)}, {(time.time() - started) / 60:.0f} minutes gone")
+        print(f"python train.py {shlex.join(line)}", flush=True)
+        run_train(line)
     for name in names:
-        _, experiments, minutes = FIGURES[name]
-        missing = [r for some in lab.planned(experiments).values() for run in some for r in chain(run)]
-        missing = {r.folder: r for r in missing if r.folder not in planned and not train.finished(r.folder)}
-        planned |= missing.keys()
-        work += [(name, run.minutes, run) for run in missing.values()]
-        drawn = os.path.exists(os.path.join(lab.out, "figures", f"{lab.model}-{name}.png")) and not missing
-        work.append((name, 0.05 if drawn else minutes * len(lab.seeds), None))
-    print("budget in minutes on two CPU cores, of what is still to do")
-    for name in names:
-        runs = [minutes for figure, minutes, run in work if figure == name and run]
-        draws = sum(minutes for figure, minutes, run in work if figure == name and not run)
-        print(f"  {name:14}{sum(runs):5.1f} to train {len(runs):2} runs {draws:5.1f} to measure")
-    total, done, started = sum(minutes for _, minutes, _ in work), 0.0, time.time()
-    print(f"  {'in all':14}{total:5.1f}")
-    summaries = {}
-    for name, minutes, run in work:
-        pace = (time.time() - started) / done if done > 2 else 60  # seconds for a minute of the budget
-        left = train.clock((total - done) * pace)
-        what = f"python train.py {' '.join(run.argv)}" if run else "measure and draw"
-        print(f"\n[{done / total:4.0%}, about {left} left] {name}: {what}", flush=True)
-        if run:
-            train.main(run.argv, lab.corpus)
-        else:
-            summaries[name] = draw(lab, name)
-        done += minutes
-    print(f"\nreproduced in {train.clock(time.time() - started)}, budget {total:.0f} minutes")
-    return summaries
+        draw(name, args, seeds, device)
+    print(f"\nreproduced in {(time.time() - started) / 60:.0f} minutes")
 
 
-def load_init(args, device):
-    """The model of --init on the device, its settings, and the name of its tokenizer."""
+def run_train(line):
+    """Run one command line of train.py as a reader would; where it fails, this program ends as it did."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    code = subprocess.run([sys.executable, script, *line]).returncode
+    if code:
+        sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5 One given checkpoint, `sample`
+
+
+def load_model(args):
+    """The model of --init on the device, the settings of its run, and the name of its tokenizer."""
     checkpoint = lg.load_checkpoint(args.init)
+    model = lg.model_from_checkpoint(checkpoint).to(choose_device(args.device)).eval()
     settings = checkpoint["settings"]
-    model = lg.LanguageModel.from_checkpoint(checkpoint).to(device).eval()
     return model, settings, args.tokenizer or settings.get("tokenizer") or "bytes"
 
 
-def given_checkpoint(args, device):
-    """poswise of one checkpoint, ours or another's: how it breaks past its training length."""
-    model, settings, tokenizer = load_init(args, device)
-    T, task = args.T or settings["T"], args.task or settings["task"]
+def check_vocabulary(model, corpus, name):
+    """Raise ValueError if the model was trained with another tokenizer than the corpus was read with."""
+    known = model.config.vocab_size
+    if not 0 <= known - corpus.vocab_size < 128:  # transformers counts the padding of a vocabulary as words
+        counts = f"{name} knows {known} tokens, the corpus has {corpus.vocab_size}"
+        raise ValueError(f"{counts}: choose the --tokenizer that it was trained with")
+
+
+def given_poswise(args):
+    """How one checkpoint, ours or another library's, breaks past its training length."""
+    model, settings, tokenizer = load_model(args)
+    T = args.T or settings["T"]
+    task = args.task or settings["task"]
     corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
-    train.check_vocabulary(model, corpus, args.init)
-    train.make_folder(args.out)
-    progress = train.Progress("loss by position")
+    check_vocabulary(model, corpus, args.init)
+    progress = Progress("loss by position")
     measured = lg.position_wise(model, task, corpus, T, args.windows, args.rows, progress=progress)
-    path = os.path.join(args.out, f"poswise-{name_of(args.init)}")
-    train.print_table({"base": measured})
-    train.draw_position_wise({"base": measured}, f"{path}.png", f"{args.init} on {task}")
-    train.write_json(f"{path}.json", dict(measured, command=" ".join(sys.argv)))
+    panels = panels_of("poswise", {"base": [measured]})
+    print_panels(panels)
+    print_verdict(panels[0])
+    path = os.path.join(args.out, f"poswise-{base_name(args.init)}")
+    draw_panels(panels, f"{path}.png", f"{args.init} on {task}, trained on T = {T} tokens")
+    write_json(f"{path}.json", dict(measured, T=T, command=shlex.join(sys.argv)))
     print(f"picture: {path}.png")
 
 
-def name_of(checkpoint):
-    """The last part of a path or of a hub name: for the names of files."""
+def base_name(checkpoint):
+    """The last part of a path or of a hub name."""
     return os.path.basename(os.path.abspath(checkpoint))
 
 
-def load_speaker(args, device):
-    """The model of --init, its encoding, and a corpus of nothing but the special tokens."""
-    model, _, tokenizer = load_init(args, device)
-    encoding = lg.load_encoding(tokenizer)
-    corpus = lg.Corpus("what is said to it", None, None, encoding.n_vocab, encoding.special)
-    train.check_vocabulary(model, corpus, args.init)
-    return model, encoding, corpus
-
-
-def given_babilong(args, device):
+def given_babilong(args):
     """Accuracy of one checkpoint on published BABILong files: --data with qa1 to qa5 in their paths."""
-    found = [
-        glob.glob(os.path.join(p, "**", "*.json"), recursive=True) if os.path.isdir(p) else [p]
-        for p in args.data
-    ]
-    files = {f: int(m[1]) for f in sorted(itertools.chain(*found)) if (m := re.search(r"qa([1-5])(?!\d)", f))}
-    if not files:
-        raise ValueError(f"no file with qa1 to qa5 in its path in {' '.join(args.data)}")
-    model, encoding, corpus = load_speaker(args, device)
-    train.make_folder(args.out)
-
-    def decode(tokens):
-        return encoding.decode([int(x) for x in tokens if x < encoding.n_vocab])
-
+    if not args.data:
+        raise ValueError("babilong needs --data, published files with qa1 to qa5 in their paths")
+    model, encoding, corpus = load_with_encoding(args)
     accuracy = {}
-    for i, (file, qa) in enumerate(files.items()):
-        asked = lg.babilong_published(file, encoding, corpus.bos, args.rows)
-        accuracy[file] = lg.babilong_accuracy(model, *asked, qa, decode)
-        print(f"[{i + 1}/{len(files)}] {file}: {accuracy[file]:.3f} of {len(asked[0])}", flush=True)
-    path = os.path.join(args.out, f"babilong-{name_of(args.init)}.json")
-    train.write_json(path, dict(accuracy=accuracy, command=" ".join(sys.argv)))
+    for file in args.data:
+        task = re.search(r"qa([1-5])(?!\d)", file)
+        if not task:
+            raise ValueError(f"{file} has none of qa1 to qa5 in its path: give published BABILong files")
+        right = 0
+        entries = lg.read_babilong(file, args.rows)
+        for text, question, answer in entries:
+            # vocabularies of more than bytes have the space in front of the word that follows
+            prompt = text + " " if encoding.n_vocab == 256 else text
+            tokens = np.array([[corpus.bos, *encoding.encode(prompt, disallowed_special=())]])
+            output = [int(token) for token in lg.generate(model, tokens, 16)]
+            output = encoding.decode([token for token in output if token < encoding.n_vocab])
+            right += lg.babilong_score(output, answer, question, int(task[1]))
+        accuracy[file] = right / len(entries)
+        print(f"{file}: {accuracy[file]:.3f} of {len(entries)}", flush=True)
+    path = os.path.join(args.out, f"babilong-{base_name(args.init)}.json")
+    write_json(path, dict(accuracy=accuracy, command=shlex.join(sys.argv)))
     print(f"numbers: {path}")
 
 
-def sample(args, device):
-    """Print what a checkpoint says after a prompt, as it says it."""
-    model, encoding, corpus = load_speaker(args, device)
+def load_with_encoding(args):
+    """The model of --init, its tiktoken.Encoding, and a corpus without text for its special tokens."""
+    model, _, tokenizer = load_model(args)
+    encoding = lg.load_encoding(tokenizer)
+    corpus = lg.Corpus("no text", None, None, encoding.n_vocab, encoding.special)
+    check_vocabulary(model, corpus, args.init)
+    return model, encoding, corpus
+
+
+def sample(args):
+    """Print what a checkpoint writes after a prompt."""
+    model, encoding, corpus = load_with_encoding(args)
     torch.manual_seed(args.seed)
-    tokens = np.array([[corpus.bos, *encoding.encode(args.prompt, disallowed_special=())]])
-    special = {corpus.bos: "<|bos|>", corpus.sep: "<|sep|>"}
-    letters = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may come in several tokens
-    for i, token in enumerate(lg.generate(model, tokens, args.tokens, args.temperature, args.top_k)):
-        token = int(token)
-        text = special.get(token, "")
-        if token not in special and token < encoding.n_vocab:  # what is neither is padding of the vocabulary
-            text = letters.decode(encoding.decode_single_token_bytes(token))
-        print(args.prompt * (i == 0) + text, end="", flush=True)
-    print()
+    prompt = np.array([[corpus.bos, *encoding.encode(args.prompt, disallowed_special=())]])
+    tokens = [int(token) for token in lg.generate(model, prompt, args.tokens, args.temperature)]
+    print(args.prompt + encoding.decode([token for token in tokens if token < encoding.n_vocab]))
+
+
+# --------------------------------------------------------------------------------------------------
+# 6 The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions, as all other errors of the command line."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def run_command(main):
+    """main(), with one sentence for what goes wrong: exit code 2 for bad input, 1 for a diverging loss."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def choose_device(name):
+    """The torch.device of --device, or the best there is; prints which one and why."""
+    reason = "asked for"
+    if name is None:
+        name, reason = "cpu", "no GPU found"
+        if torch.cuda.is_available():
+            name, reason = "cuda", "there is a GPU"
+        elif torch.backends.mps.is_available():
+            name, reason = "mps", "there is an Apple GPU"
+    if name == "cuda":  # several ranks have a GPU each
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    print_once(f"device: {device}, {reason}, {torch.get_num_threads()} CPU threads")
+    return device
+
+
+def print_once(message):
+    """Print on the first rank of a distributed run only."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+class Progress:
+    """Called with the share of some work that is done: prints it, with the time left, every ten seconds."""
+
+    def __init__(self, what):
+        self.what = what
+        self.started = time.time()
+        self.printed = time.time()
+
+    def __call__(self, done):
+        if time.time() - self.printed > 10:
+            self.printed = time.time()
+            left = (self.printed - self.started) * (1 - done) / done
+            print_once(f"  {self.what}  {done:4.0%}  {clock(left)} left")
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def make_folder(path):
+    """Create a folder and prove that it can be written to, before anything long starts."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"the folder {path!r} cannot be written to: {error.strerror}") from None
+
+
+RANGES = {  # of the arguments of eval.py and train.py
+    "T": (1, 10**7), "windows": (1, 10**6), "rows": (1, 10**6), "batch": (1, 10**6), "steps": (1, 10**8),
+    "accumulate": (1, 10**6), "tokens": (1, 10**7), "seeds": (1, 1000), "seed": (0, 2**32 - 1),
+    "lr": (1e-30, 1e38), "zero_prob": (0, 1), "noise_std": (0, 1e6), "temperature": (0, 1e6),
+}  # fmt: skip
+
+
+def check_arguments(args):
+    """Raise ValueError if an argument is empty, outside of its range, or no number."""
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if value == "":
+            raise ValueError(f"{option} is empty: give a name, or leave it out")
+        lowest, highest = RANGES.get(name, (None, None))
+        if lowest is not None and value is not None and not lowest <= value <= highest:
+            raise ValueError(f"{option} must lie between {lowest} and {highest}, got {value}")
 
 
 def parse_arguments(argv):
-    p = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="*", help=f"reproduce, sample, or some of {', '.join(FIGURES)} (all)")
     p.add_argument("--out", default="runs", help="folder of the runs")
-    p.add_argument("--model", default="mamba2", choices=train.TINY)
-    p.add_argument("--preset", default="tiny", choices=PRESETS, help="what reproduce trains and measures")
-    p.add_argument("--seeds", type=int, help="how many (reproduce: 1; drawing: all there are)")
-    p.add_argument("--device", help="cuda, mps or cpu (the first there is)")
+    p.add_argument("--model", default="mamba2", choices=lg.LAYERS, help="architecture of the runs")
+    p.add_argument("--seeds", type=int, default=1, help="how many: 3 stands for the seeds 0, 1 and 2")
+    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
     p.add_argument("--init", metavar="RUN", help="poswise, babilong, sample: of this checkpoint")
-    p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (that of the checkpoint)")
-    p.add_argument("--T", type=int, help="with --init: its training length (that of the checkpoint)")
-    p.add_argument(
-        "--data", nargs="+", metavar="PATH", help="with --init: text (the standard library), or BABILong"
-    )
-    p.add_argument("--tokenizer", help="with --init: as in train.py (that of the checkpoint)")
+    p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (the task of its run)")
+    p.add_argument("--T", type=int, help="with --init: its training length (that of its run)")
+    p.add_argument("--data", nargs="+", metavar="PATH", help="with --init: text, or published BABILong files")
+    p.add_argument("--tokenizer", help="with --init: as in train.py (that of its run)")
     p.add_argument("--windows", type=int, default=64, help="with --init: length of the streams, in T")
-    p.add_argument("--rows", type=int, default=64, help="with --init: how many streams")
+    p.add_argument("--rows", type=int, default=64, help="with --init: how many streams or questions")
     p.add_argument("--prompt", default="import os\n", help="sample: what comes first")
-    p.add_argument("--tokens", type=int, default=400, help="sample: how many to say")
-    p.add_argument("--temperature", type=float, default=0.8, help="sample: 0 says the likeliest")
-    p.add_argument("--top-k", type=int, help="sample: only the k likeliest tokens")
+    p.add_argument("--tokens", type=int, default=400, help="sample: how many to write")
+    p.add_argument("--temperature", type=float, default=0.8, help="sample: 0 takes the likeliest token")
     p.add_argument("--seed", type=int, default=0, help="sample: another seed, another text")
     args = p.parse_args(argv)
-    for name in ("seeds", "T", "windows", "rows", "tokens", "top_k"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature must be finite and not negative, got {args.temperature}")
-    for name in ("task", "T", "data", "tokenizer"):
-        if getattr(args, name) and not args.init:
-            raise ValueError(f"--{name} goes with --init RUN, figures of own runs need none")
+    check_arguments(args)
     for name in args.what:
         if name not in (*FIGURES, "reproduce", "sample"):
-            raise ValueError(
-                f"unknown figure {name!r}, expected reproduce, sample or some of {', '.join(FIGURES)}"
-            )
+            raise ValueError(f"unknown figure {name!r}, expected reproduce, sample or {', '.join(FIGURES)}")
+    for name in ("task", "T", "data", "tokenizer"):
+        if getattr(args, name) and args.init is None:
+            raise ValueError(f"--{name} goes with --init RUN, figures of own runs need none")
     return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    make_folder(args.out)
+    # one given checkpoint
+    given = {"sample": sample, "poswise": given_poswise, "babilong": given_babilong}
+    if args.init is not None or "sample" in args.what:
+        if args.init is None or len(args.what) != 1 or args.what[0] not in given:
+            raise ValueError(f"--init RUN goes with one of {', '.join(given)}, got {' '.join(args.what)!r}")
+        given[args.what[0]](args)
+        return
+
+    # figures of the runs under --out
+    device = choose_device(args.device)
+    seeds = range(args.seeds)
     names = [name for name in args.what if name in FIGURES]
-    if "sample" in args.what or args.init:
-        if not args.init:
-            raise ValueError("sample needs a checkpoint: give --init RUN, the folder of a run of train.py")
-        single = {"sample": sample, "poswise": given_checkpoint, "babilong": given_babilong}
-        if len(args.what) != 1 or args.what[0] not in single:
-            raise ValueError(
-                f"--init goes with one of {', '.join(single)}, got {' '.join(args.what) or 'nothing'}"
-            )
-        if args.what == ["babilong"] and not args.data:
-            raise ValueError("babilong of a checkpoint needs --data, the published files or their folder")
-        return single[args.what[0]](args, train.choose_device(args.device))
-    lab = Lab(args.out, args.model, preset=args.preset)
     if "reproduce" in args.what:
-        train.make_folder(args.out)
-        lab.device = train.choose_device(args.device)
-        lab.seeds = range(args.seeds or 1)
-        summaries = reproduce(lab, names or list(FIGURES))
-    else:
-        lab.seeds = range(args.seeds) if args.seeds else seeds_found(args.out, args.model)
-        if not lab.seeds:
-            raise ValueError(
-                f"no runs of {args.model} under {args.out!r}, make them with: "
-                f"python eval.py reproduce --model {args.model} --out {args.out}"
-            )
-        lab.device = train.choose_device(args.device)
-        summaries = {}
-        for name in names or FIGURES:
-            try:
-                summaries[name] = draw(lab, name)
-            except MissingRuns as error:
-                if names:  # asked for by name
-                    raise
-                print(f"{name}: left out, {error}")
-    print_summary(summaries)
-
-
-def seeds_found(out, model):
-    names = [os.path.basename(f) for f in glob.glob(os.path.join(glob.escape(out), f"{model}-*-s*"))]
-    return sorted({int(n.rpartition("-s")[2]) for n in names if n.rpartition("-s")[2].isdigit()})
+        reproduce(names or list(FIGURES), args, seeds, device)
+        return
+    for name in names or FIGURES:
+        try:
+            draw(name, args, seeds, device)
+        except MissingRuns as error:
+            if names:  # asked for by name
+                raise
+            print(f"{name}: left out, {error}")
 
 
 if __name__ == "__main__":
-    train.run_command(main)
+    run_command(main)

@@ -1,27 +1,34 @@
-"""Understanding and improving length generalization in recurrent models, in one file.
+"""Understanding and improving length generalization in recurrent models, in one file (arXiv 2507.02782).
 
-Recurrent language models break past their training length because training from a zero state explores only
-part of the states that a long rollout reaches (Buitrago & Gu, ICML 2025, arXiv 2507.02782). The cure is to
-change the state that training sequences start from. This file holds the models and their state, those
-interventions, the text and the tasks, and the measures. The recurrence itself is in kernels.py.
+Recurrent language models break past the length that they were trained on: training from a zero state shows
+them only a part of the states that a long sequence reaches. The cure changes the state from which training
+sequences start. Read sections 1 to 4 for the paper; the recurrence itself is in kernels.py.
+
+    1 configuration and state              5 tasks: what the models are trained and tested on
+    2 the layers: Mamba-2, GLA, Mamba-1    6 measures: what the figures show
+    3 blocks and the language model        Appendix A: text and tokenizers
+    4 the interventions                    Appendix B: checkpoints of other libraries
 
     B batch    T length (of training, when nothing else is said)    L layers    D model width    C vocabulary
     H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
 """
 
+import contextlib
 import functools
 import glob
-import http.client
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import sysconfig
 import unicodedata
+import urllib.error
 import urllib.request
+import zipfile
 import zlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,58 +42,49 @@ import torch.utils.checkpoint
 from kernels import BACKENDS, scan
 
 # --------------------------------------------------------------------------------------------------
-# Models. Names of weights and of settings are those of the official checkpoints.
+# 1 Configuration and state
 
 
 @dataclass
 class ModelConfig:
-    """Architecture. None means the official default of the layer (OFFICIAL, below)."""
+    """The sizes of a model, named as in the official checkpoints. None means the layer's default, below."""
 
-    layer: str = "mamba2"  # "mamba2", "mamba1" or "gla"
+    layer: str = "mamba2"  # "mamba2", "gla" or "mamba1"
     vocab_size: int = 50277
-    d_model: int = 768
-    n_layer: int = 24
-    pad_vocab_size_multiple: int | None = None
-    tie_embeddings: bool | None = None
+    d_model: int = 768  # D
+    n_layer: int = 24  # L
+    pad_vocab_size_multiple: int | None = None  # the rows of the embedding are a multiple of this
+    tie_embeddings: bool | None = None  # the output layer shares the weights of the embedding
     norm_eps: float | None = None
-    # Mamba
+    # Mamba-2 and Mamba-1
     d_state: int | None = None  # K
-    d_conv: int = 4
-    expand: int = 2
-    headdim: int = 64  # V
-    ngroups: int = 1  # G
-    dt_rank: int | None = None  # Mamba-1
+    d_conv: int = 4  # inputs that the convolution sees, the present one included
+    expand: int = 2  # H * V = expand * D
+    headdim: int = 64  # V, Mamba-2 only
+    ngroups: int = 1  # G, Mamba-2 only
+    dt_rank: int | None = None  # Mamba-1 only; None: D / 16, rounded up
     # GLA
     num_heads: int = 4  # H
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    hidden_ratio: int = 4
+    expand_k: float = 0.5  # H * K = expand_k * D
+    expand_v: float = 1.0  # H * V = expand_v * D
+    hidden_ratio: int = 4  # the MLP is about 2/3 * hidden_ratio * D wide
     gate_low_rank_dim: int = 16
-    # which scan of kernels.py; None lets it choose
-    backend: str | None = None
-    # compute each layer again in the backward pass: only its input is kept, for a third more work
-    recompute: bool = False
-    # of the weights in the files the model came from; here they are float32
-    torch_dtype: str = "float32"
+    # how to compute, which changes no result
+    backend: str | None = None  # a scan of kernels.py; None lets scan() choose
+    recompute: bool = False  # compute each layer again in the backward pass: less memory, a third more work
+    torch_dtype: str = "float32"  # of the files that the weights came from; in memory they are float32
 
     def __post_init__(self):
-        if self.layer not in OFFICIAL:
-            raise ValueError(f"unknown model {self.layer!r}, expected one of {', '.join(OFFICIAL)}")
-        for name, value in OFFICIAL[self.layer].items():
+        assert self.layer in OFFICIAL_DEFAULTS, f"unknown layer {self.layer!r}: mamba2, gla or mamba1"
+        assert self.backend in (None, *BACKENDS), f"unknown backend {self.backend!r}: {list(BACKENDS)}"
+        for name, value in OFFICIAL_DEFAULTS[self.layer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for field in fields(self):
-            value, kind = getattr(self, field.name), NUMBERS.get(field.type)
-            if kind and value is not None and not (isinstance(value, kind) and value > 0):
-                raise ValueError(f"{field.name} is {value!r}, expected a positive {field.type}")
-        if self.backend not in (None, *BACKENDS):
-            raise ValueError(f"unknown backend {self.backend!r}, expected one of {', '.join(BACKENDS)}")
         if self.dt_rank is None:
             self.dt_rank = math.ceil(self.d_model / 16)
 
 
-NUMBERS = {int: int, int | None: int, float: int | float, float | None: int | float}  # what a field takes
-OFFICIAL = {
+OFFICIAL_DEFAULTS = {
     "mamba2": dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128),
     "mamba1": dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16),
     "gla": dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6),
@@ -94,213 +92,220 @@ OFFICIAL = {
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers: all that the future can know of the past.
+    """What one layer remembers: all that its future outputs can know of the past.
 
-    conv  (B, d_conv-1, channels) the last *inputs* of the causal convolution; None where a layer has none
-    scan  (B, H, K, V) the recurrence's S, never below float32
+    conv: (B, d_conv-1, channels), the last *inputs* of the causal convolution; None where there is none
+    scan: (B, H, K, V), the S of the recurrence; float32, in a float64 model float64
     """
 
     conv: torch.Tensor | None
     scan: torch.Tensor
 
 
-def map_state(f, *states):
-    """Apply f to the tensors of one or several states (lists of LayerState) place by place."""
-    return [
-        LayerState(*(None if xs[0] is None else f(*xs) for xs in zip(*layers, strict=True)))
-        for layers in zip(*states, strict=True)
-    ]
+torch.serialization.add_safe_globals([LayerState])  # checkpoints of train.py may hold states
 
 
-class Linear(nn.Linear):
-    """nn.Linear for x (B, T, D); without gradients, float32 on an x86 CPU goes through oneDNN where T > 1.
+def map_state(function, *states):
+    """Apply a function to every tensor of a state, or to the matching tensors of several states.
 
-    MKL, which PyTorch takes there by itself, uses half the vector width of AMD's CPUs: twice the time. For
-    one token the two changes of layout cost more than they save.
+    states: lists of LayerState, one LayerState per layer. Returns such a list.
     """
+    new_state = []
+    for layers in zip(*states, strict=True):
+        convs, scans = zip(*layers, strict=True)
+        conv = None if convs[0] is None else function(*convs)
+        new_state.append(LayerState(conv, function(*scans)))
+    return new_state
 
-    def forward(self, x):
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] > 1
-        if plain or not cpu or not torch.backends.mkl.is_available():
-            return super().forward(x)
-        return F.linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
+
+# --------------------------------------------------------------------------------------------------
+# 2 The layers: x (B, T, D), LayerState -> y (B, T, D), the LayerState after the last step
+#
+# Each computes q, k, v and log_a from its input, and leaves the recurrence to kernels.scan:
+#
+#     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in (0, 1]
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 mixer (Dao & Gu 2024): q = C, k = B, v = dt * x, log_a = -dt * exp(A_log).
+    """The Mamba-2 layer (Dao & Gu 2024): q = C, k = B, v = dt * x, log_a = -dt * exp(A_log).
 
-    x (B, T, D), state LayerState -> (B, T, D), LayerState after the last step
+    Every head has one decay, and the heads of a group share q and k.
     """
 
     def __init__(self, config):
         super().__init__()
-        c = config
-        self.d_inner, self.G, self.K, self.V = c.expand * c.d_model, c.ngroups, c.d_state, c.headdim
-        if self.d_inner % self.V or (self.d_inner // self.V) % self.G:
-            raise ValueError(
-                f"d_inner {self.d_inner} must divide into heads of {self.V} and {self.G} equal groups"
-            )
+        self.K = config.d_state
+        self.V = config.headdim
+        self.G = config.ngroups
+        self.d_inner = config.expand * config.d_model
         self.H = self.d_inner // self.V
-        self.channels, self.d_conv = self.d_inner + 2 * self.G * self.K, c.d_conv
-        self.norm_eps, self.backend = c.norm_eps, c.backend
+        self.channels = self.d_inner + 2 * self.G * self.K  # of the convolution: x, B and C
+        self.conv_shape = (config.d_conv - 1, self.channels)
+        self.norm_eps = config.norm_eps
+        self.backend = config.backend
+        assert self.H * self.V == self.d_inner, f"{self.d_inner} channels are no whole heads of {self.V}"
+        assert self.H % self.G == 0, f"{self.H} heads do not share {self.G} groups evenly"
 
-        self.in_proj = Linear(c.d_model, self.d_inner + self.channels + self.H, bias=False)
-        self.conv1d = nn.Conv1d(self.channels, self.channels, c.d_conv, groups=self.channels)
+        self.in_proj = nn.Linear(config.d_model, self.d_inner + self.channels + self.H, bias=False)
+        self.conv1d = nn.Conv1d(self.channels, self.channels, config.d_conv, groups=self.channels)
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.H))
-        self.norm = nn.RMSNorm(self.d_inner, c.norm_eps)
-        self.out_proj = Linear(self.d_inner, c.d_model, bias=False)
-        with torch.no_grad():  # the residual stream of every depth starts with the same variance
-            self.out_proj.weight /= math.sqrt(c.n_layer)
-
-    def zero_state(self, B):
-        w = self.in_proj.weight
-        S = w.new_zeros(B, self.H, self.K, self.V, dtype=torch.promote_types(w.dtype, torch.float32))
-        return LayerState(w.new_zeros(B, self.d_conv - 1, self.channels), S)
+        self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+        with torch.no_grad():  # so that the residual stream starts with the same variance at any depth
+            self.out_proj.weight /= math.sqrt(config.n_layer)
 
     def forward(self, x, state):
         B, T, _ = x.shape
-        z, xkq, dt = self.in_proj(x).split([self.d_inner, self.channels, self.H], dim=-1)
-        xkq, conv = causal_conv(xkq, state.conv, self.conv1d.weight, self.conv1d.bias)
-        x, k, q = xkq.split([self.d_inner, self.G * self.K, self.G * self.K], dim=-1)
-        x = x.view(B, T, self.H, self.V)
-        k, q = (y.view(B, T, self.G, self.K) for y in (k, q))
-        dt = F.softplus(dt + self.dt_bias)  # float32 even where autocast computes in bfloat16
-        v = (dt[..., None] * x).to(x.dtype)
-        o, S = scan(q, k, v, -dt * self.A_log.exp(), state.scan, self.backend)
-        y = torch.addcmul(o, self.D[:, None], x).flatten(-2) * F.silu(z)
-        # the gated norm runs over each group's channels
-        y = F.rms_norm(y.unflatten(-1, (self.G, -1)), (self.d_inner // self.G,), eps=self.norm_eps)
-        y = y.flatten(-2) * self.norm.weight
-        return self.out_proj(y), LayerState(conv, S)
+        H, G, K, V = self.H, self.G, self.K, self.V
+
+        # one projection gives the gate z, the inputs x, B, C of the convolution, and the step size dt
+        zxBCdt = self.in_proj(x)  # (B, T, 2 H V + 2 G K + H)
+        z, xBC, dt = zxBCdt.split([self.d_inner, self.channels, H], dim=-1)
+
+        # each channel of x, B and C is mixed with its last inputs
+        xBC, conv_state = causal_conv(xBC, state.conv, self.conv1d)  # (B, T, H V + 2 G K)
+        x, k, q = xBC.split([self.d_inner, G * K, G * K], dim=-1)
+        x = x.view(B, T, H, V)
+        k, q = k.view(B, T, G, K), q.view(B, T, G, K)
+
+        # the recurrence: a large step dt writes much and forgets much
+        dt = F.softplus(dt + self.dt_bias)  # (B, T, H); float32 even where autocast computes in bfloat16
+        v = (dt[..., None] * x).to(x.dtype)  # (B, T, H, V)
+        log_a = -dt * self.A_log.exp()  # (B, T, H)
+        o, scan_state = scan(q, k, v, log_a, state.scan, self.backend)  # (B, T, H, V), (B, H, K, V)
+
+        # the skip connection and the gate, then a norm over the channels of each group
+        y = torch.addcmul(o, self.D[:, None], x).flatten(-2) * F.silu(z)  # (B, T, H V)
+        y = y.view(B, T, G, self.d_inner // G)
+        y = F.rms_norm(y, y.shape[-1:], eps=self.norm_eps).flatten(-2) * self.norm.weight
+        return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
-def causal_conv(x, state, weight, bias):
-    """Depthwise convolution and SiLU of x (B, T, channels) behind state, the d_conv-1 inputs before it.
+def causal_conv(x, state, conv1d):
+    """Depthwise causal convolution and SiLU of x (B, T, channels), which continues the inputs in state.
 
-    Returns (B, T, channels) and the d_conv-1 last inputs. As a 2-d convolution of height 1, because
-    channels-last 2-d convolutions are several times faster on CPUs.
+    state: (B, d_conv-1, channels), the inputs before x. Returns the outputs (B, T, channels) and the next
+    state. Computed as a 2-d convolution of height 1, because PyTorch's is several times faster on a CPU.
     """
     T = x.shape[1]
-    x = torch.cat([state.to(x.dtype), x], dim=1)
-    y = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias, groups=weight.shape[0])
-    y = y.squeeze(2).transpose(1, 2)  # the gradient of y[:, :, 0] would fill a tensor with zeros
-    return F.silu(y), x[:, T:].clone()  # a view would keep all of x in memory
+    x = torch.cat([state.to(x.dtype), x], dim=1)  # (B, d_conv-1 + T, channels)
+    y = F.conv2d(x.transpose(1, 2)[:, :, None], conv1d.weight[:, :, None], conv1d.bias, groups=x.shape[2])
+    y = y.squeeze(2).transpose(1, 2)  # (B, T, channels)
+    # the state is a copy, because a view would keep all of x in memory
+    return F.silu(y), x[:, T:].clone()
 
 
 def initial_dt_bias(n):
-    """(n,) the inverse softplus of dt log-uniform in [1e-3, 1e-1]."""
+    """(n,) numbers whose softplus, the step size dt, is spread log-uniformly over [1e-3, 1e-1]."""
     dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-    return dt + torch.log(-torch.expm1(-dt))
-
-
-class Mamba1(nn.Module):
-    """The Mamba mixer (Gu & Dao 2023): every channel is a head with V = 1, and a decay per (channel, state).
-
-    q = C, k = B, v = dt * x, log_a = -dt * exp(A_log)
-    x (B, T, D), state LayerState -> (B, T, D), LayerState after the last step
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        c = config
-        self.H = self.channels = c.expand * c.d_model
-        self.K, self.V, self.d_conv, self.dt_rank = c.d_state, 1, c.d_conv, c.dt_rank
-        self.backend = c.backend
-        self.in_proj = Linear(c.d_model, 2 * self.H, bias=False)
-        self.conv1d = nn.Conv1d(self.H, self.H, c.d_conv, groups=self.H)
-        self.x_proj = Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.H)
-        self.A_log = nn.Parameter(torch.arange(1.0, self.K + 1).log().repeat(self.H, 1))
-        self.D = nn.Parameter(torch.ones(self.H))
-        self.out_proj = Linear(self.H, c.d_model, bias=False)
-        with torch.no_grad():
-            self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            self.dt_proj.bias.copy_(initial_dt_bias(self.H))
-            self.out_proj.weight /= math.sqrt(c.n_layer)
-
-    zero_state = Mamba2.zero_state
-
-    def forward(self, x, state):
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv = causal_conv(x, state.conv, self.conv1d.weight, self.conv1d.bias)
-        dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
-        # float32 even where autocast computes in bfloat16
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)
-        v, log_a = (dt * x).to(x.dtype), -dt[..., None] * self.A_log.exp()
-        o, S = scan(q[:, :, None], k[:, :, None], v[..., None], log_a, state.scan, self.backend)
-        y = (o[..., 0] + self.D * x) * F.silu(z)
-        return self.out_proj(y), LayerState(conv, S)
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
 
 class GLA(nn.Module):
-    """Gated linear attention (Yang et al. 2024): one decay per key channel, log_a = logsigmoid(gate) / 16.
+    """Gated linear attention (Yang et al. 2024): a decay per key channel, log_a = logsigmoid(gate) / 16."""
 
-    x (B, T, D), state LayerState -> (B, T, D), LayerState after the last step
+    def __init__(self, config):
+        super().__init__()
+        self.H = config.num_heads
+        self.backend = config.backend
+        key_dim = int(config.d_model * config.expand_k)
+        value_dim = int(config.d_model * config.expand_v)
+        self.K = key_dim // self.H
+        self.V = value_dim // self.H
+        self.conv_shape = None  # there is no convolution
+        assert self.H * self.K == key_dim and self.H * self.V == value_dim, (
+            f"{key_dim} key and {value_dim} value channels do not divide into {self.H} heads"
+        )
+
+        self.q_proj = nn.Linear(config.d_model, key_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, key_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, value_dim, bias=False)
+        self.g_proj = nn.Linear(config.d_model, value_dim, bias=False)
+        self.gk_proj = nn.Sequential(
+            nn.Linear(config.d_model, config.gate_low_rank_dim, bias=False),
+            nn.Linear(config.gate_low_rank_dim, key_dim),
+        )
+        self.g_norm_swish_gate = nn.RMSNorm(self.V, config.norm_eps)  # one weight, shared by the heads
+        self.o_proj = nn.Linear(value_dim, config.d_model, bias=False)
+
+    def forward(self, x, state):
+        # queries, keys and values
+        q = self.q_proj(x).unflatten(-1, (self.H, self.K)) * self.K**-0.5  # (B, T, H, K)
+        k = self.k_proj(x).unflatten(-1, (self.H, self.K))  # (B, T, H, K)
+        v = self.v_proj(x).unflatten(-1, (self.H, self.V))  # (B, T, H, V)
+
+        # the decay of each key channel, in float32 even where autocast computes in bfloat16
+        gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        log_a = F.logsigmoid(gate) / 16  # (B, T, H, K)
+        o, scan_state = scan(q, k, v, log_a, state.scan, self.backend)  # (B, T, H, V), (B, H, K, V)
+
+        # a norm over the channels of each head, then the gate
+        y = self.g_norm_swish_gate(o).flatten(-2) * F.silu(self.g_proj(x))  # (B, T, H V)
+        return self.o_proj(y), LayerState(None, scan_state)
+
+
+class Mamba1(nn.Module):
+    """The Mamba layer (Gu & Dao 2023): q = C, k = B, v = dt * x, log_a = -dt * exp(A_log).
+
+    Every channel is a head with V = 1, and has a decay for each of its K key channels.
     """
 
     def __init__(self, config):
         super().__init__()
-        c = config
-        self.H, self.backend = c.num_heads, c.backend
-        key_dim, value_dim = int(c.d_model * c.expand_k), int(c.d_model * c.expand_v)
-        if key_dim % self.H or value_dim % self.H:
-            raise ValueError(
-                f"{self.H} heads cannot share {key_dim} key and {value_dim} value channels evenly"
-            )
-        self.K, self.V = key_dim // self.H, value_dim // self.H
-        self.q_proj = Linear(c.d_model, key_dim, bias=False)
-        self.k_proj = Linear(c.d_model, key_dim, bias=False)
-        self.v_proj = Linear(c.d_model, value_dim, bias=False)
-        self.g_proj = Linear(c.d_model, value_dim, bias=False)
-        self.gk_proj = nn.Sequential(
-            Linear(c.d_model, c.gate_low_rank_dim, bias=False), Linear(c.gate_low_rank_dim, key_dim)
-        )
-        self.g_norm_swish_gate = nn.RMSNorm(self.V, c.norm_eps)  # one weight, shared by the heads
-        self.o_proj = Linear(value_dim, c.d_model, bias=False)
+        self.H = config.expand * config.d_model
+        self.K = config.d_state
+        self.V = 1
+        self.conv_shape = (config.d_conv - 1, self.H)
+        self.dt_rank = config.dt_rank
+        self.backend = config.backend
 
-    def zero_state(self, B):
-        w = self.q_proj.weight
-        return LayerState(
-            None, w.new_zeros(B, self.H, self.K, self.V, dtype=torch.promote_types(w.dtype, torch.float32))
-        )
+        self.in_proj = nn.Linear(config.d_model, 2 * self.H, bias=False)
+        self.conv1d = nn.Conv1d(self.H, self.H, config.d_conv, groups=self.H)
+        self.x_proj = nn.Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.H)
+        self.A_log = nn.Parameter(torch.arange(1.0, self.K + 1).log().repeat(self.H, 1))
+        self.D = nn.Parameter(torch.ones(self.H))
+        self.out_proj = nn.Linear(self.H, config.d_model, bias=False)
+        with torch.no_grad():
+            self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            self.dt_proj.bias.copy_(initial_dt_bias(self.H))
+            self.out_proj.weight /= math.sqrt(config.n_layer)
 
     def forward(self, x, state):
-        q = self.q_proj(x).unflatten(-1, (self.H, self.K)) * self.K**-0.5
-        k = self.k_proj(x).unflatten(-1, (self.H, self.K))
-        v = self.v_proj(x).unflatten(-1, (self.H, self.V))
-        gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
-        log_a = F.logsigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32))) / 16
-        o, S = scan(q, k, v, log_a, state.scan, self.backend)
-        y = self.g_norm_swish_gate(o).flatten(-2) * F.silu(self.g_proj(x))
-        return self.o_proj(y), LayerState(None, S)
+        # the input of the convolution and the gate z
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, H) each
+        x, conv_state = causal_conv(x, state.conv, self.conv1d)  # (B, T, H)
+
+        # step size, key and query all depend on the output of the convolution
+        dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
+        # bias and softplus in float32 even where autocast multiplies in bfloat16, hence not dt_proj(dt)
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)  # (B, T, H)
+        v = (dt * x).to(x.dtype)  # (B, T, H)
+        log_a = -dt[..., None] * self.A_log.exp()  # (B, T, H, K)
+
+        # the recurrence, with q and k as one group and V = 1
+        q, k, v = q[:, :, None], k[:, :, None], v[..., None]  # (B, T, 1, K) twice, (B, T, H, 1)
+        o, scan_state = scan(q, k, v, log_a, state.scan, self.backend)  # (B, T, H, 1), (B, H, K, 1)
+
+        # the skip connection and the gate
+        y = (o[..., 0] + self.D * x) * F.silu(z)  # (B, T, H)
+        return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
-class SwiGLU(nn.Module):
-    """x (B, T, D) -> (B, T, D); inner width 2/3 * hidden_ratio * D, rounded up to a multiple of 256."""
-
-    def __init__(self, config):
-        super().__init__()
-        D = config.d_model
-        inner = 256 * math.ceil(int(D * config.hidden_ratio * 2 / 3) / 256)
-        self.gate_proj = Linear(D, inner, bias=False)
-        self.up_proj = Linear(D, inner, bias=False)
-        self.down_proj = Linear(inner, D, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+# --------------------------------------------------------------------------------------------------
+# 3 Blocks and the language model
 
 
 class MambaBlock(nn.Module):
+    """Norm, Mamba-2 or Mamba-1, and a residual connection."""
+
     def __init__(self, config):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = (Mamba2 if config.layer == "mamba2" else Mamba1)(config)
-
-    def zero_state(self, B):
-        return self.mixer.zero_state(B)
+        self.mixer = Mamba2(config) if config.layer == "mamba2" else Mamba1(config)
 
     def forward(self, x, state):
         y, state = self.mixer(self.norm(x), state)
@@ -308,6 +313,8 @@ class MambaBlock(nn.Module):
 
 
 class GLABlock(nn.Module):
+    """Norm, GLA and a residual connection; norm, MLP and a residual connection."""
+
     def __init__(self, config):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
@@ -315,16 +322,28 @@ class GLABlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def zero_state(self, B):
-        return self.attn.zero_state(B)
-
     def forward(self, x, state):
         y, state = self.attn(self.attn_norm(x), state)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
 
 
-# layer -> (block, and the official names of trunk, embedding and last norm)
+class SwiGLU(nn.Module):
+    """The MLP of GLA. Its width is 2/3 * hidden_ratio * D, rounded up to a multiple of 256."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.d_model
+        width = 256 * math.ceil(int(D * config.hidden_ratio * 2 / 3) / 256)
+        self.gate_proj = nn.Linear(D, width, bias=False)
+        self.up_proj = nn.Linear(D, width, bias=False)
+        self.down_proj = nn.Linear(width, D, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# layer: (its block, and the official names of the trunk, of the embedding and of the last norm)
 LAYERS = {
     "mamba2": (MambaBlock, "backbone", "embedding", "norm_f"),
     "mamba1": (MambaBlock, "backbone", "embedding", "norm_f"),
@@ -335,857 +354,278 @@ LAYERS = {
 class LanguageModel(nn.Module):
     """logits, state = model(tokens, state=None)
 
-    tokens (B, T) int64 in [0, vocab_size), T >= 1; logits (B, T, vocab_size); state a list of one LayerState
-    per layer, None meaning zeros. The returned state is pure: nothing was edited in place and gradients flow
-    through it, so cutting a sequence anywhere and handing the state over is the same as not cutting.
-    Detaching is up to the caller: that choice is the whole difference between BPTT, TBTT and state passing.
-    Bad tokens or states raise a ValueError.
+    tokens: (B, T) int64 below vocab_size, T >= 1; logits: (B, T, vocab_size)
+    state: a list of one LayerState per layer, None for zeros. The returned state is new: nothing is edited in
+        place, and gradients flow through it. So cutting a sequence anywhere and handing the state over gives
+        the same results as not cutting. The caller may detach the state: this is the whole difference between
+        BPTT on the one side, TBTT and state passing on the other.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
-        block, trunk, embedding, norm = LAYERS[c.layer]
-        C = c.pad_vocab_size_multiple * math.ceil(c.vocab_size / c.pad_vocab_size_multiple)
-        trunk_modules = {
-            embedding: nn.Embedding(C, c.d_model),
-            "layers": nn.ModuleList(block(c) for _ in range(c.n_layer)),
-            norm: nn.RMSNorm(c.d_model, c.norm_eps),
+        self.config = config
+        block, trunk, embedding, norm = LAYERS[config.layer]
+        # the vocabulary is padded to a round number, which is faster on a GPU
+        multiple = config.pad_vocab_size_multiple
+        C = multiple * math.ceil(config.vocab_size / multiple)
+        modules = {
+            embedding: nn.Embedding(C, config.d_model),
+            "layers": nn.ModuleList(block(config) for _ in range(config.n_layer)),
+            norm: nn.RMSNorm(config.d_model, config.norm_eps),
         }
-        self.add_module(trunk, nn.ModuleDict(trunk_modules))
-        # the plain class: logits in two layouts would take twice the memory
-        self.lm_head = nn.Linear(c.d_model, C, bias=False)
-        self.apply(self._init_weights)
-        if c.tie_embeddings:
-            self.lm_head.weight = trunk_modules[embedding].weight
+        self.add_module(trunk, nn.ModuleDict(modules))
+        self.lm_head = nn.Linear(config.d_model, C, bias=False)
+        self.apply(self.initialize)
+        self.tie_weights()
 
-    def _init_weights(self, module):
-        """Embedding N(0, .02). Linear maps: for Mamba PyTorch's own initialisation, for GLA N(0, .02)."""
-        gla = self.config.layer == "gla"
-        if isinstance(module, nn.Embedding) or (gla and isinstance(module, nn.Linear)):
+    def initialize(self, module):
+        """Embeddings are N(0, .02); linear maps are N(0, .02) in GLA, and as PyTorch made them in Mamba."""
+        is_gla = self.config.layer == "gla"
+        if isinstance(module, nn.Embedding) or (is_gla and isinstance(module, nn.Linear)):
             nn.init.normal_(module.weight, std=0.02)
-        if gla and isinstance(module, nn.Linear) and module.bias is not None:
+        if is_gla and isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def trunk(self):
+        """The embedding, the list of blocks and the last norm."""
+        _, trunk, embedding, norm = LAYERS[self.config.layer]
+        modules = self.get_submodule(trunk)
+        return modules[embedding], modules["layers"], modules[norm]
+
+    def tie_weights(self):
+        """Let the output layer share the weights of the embedding where the configuration says so."""
+        if self.config.tie_embeddings:
+            embedding, _, _ = self.trunk()
+            self.lm_head.weight = embedding.weight
+
+    def recurrent_layers(self):
+        """The Mamba2, GLA or Mamba1 modules, first layer first."""
+        return [module for module in self.modules() if isinstance(module, (Mamba2, GLA, Mamba1))]
 
     def zero_state(self, B):
         """The state of B rows before their first token: a list of LayerState."""
-        _, trunk, _, _ = LAYERS[self.config.layer]
-        return [layer.zero_state(B) for layer in getattr(self, trunk)["layers"]]
+        weight = self.lm_head.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        state = []
+        for layer in self.recurrent_layers():
+            conv = None if layer.conv_shape is None else weight.new_zeros(B, *layer.conv_shape)
+            S = weight.new_zeros(B, layer.H, layer.K, layer.V, dtype=dtype)
+            state.append(LayerState(conv, S))
+        return state
 
     def forward(self, tokens, state=None):
-        if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens must be int64, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
-        if tokens.dim() != 2 or not tokens.numel():
-            raise ValueError(f"tokens must be (B, T) with B, T >= 1, got {tuple(tokens.shape)}")
-        C = self.config.vocab_size
-        # on a GPU this look would wait for the device at every step, and the embedding asserts there anyway
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = tokens.min().item(), tokens.max().item()
-            if low < 0 or high >= C:
-                raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {C}")
-        B = len(tokens)
-        state = self.zero_state(B) if state is None else check_state(state, self.zero_state(0), B)
+        assert tokens.dim() == 2 and tokens.numel(), f"tokens must be (B, T), got {tuple(tokens.shape)}"
+        if state is None:
+            state = self.zero_state(len(tokens))
+        embedding, blocks, norm = self.trunk()
 
-        _, trunk, embedding, norm = LAYERS[self.config.layer]
-        trunk = getattr(self, trunk)
-        x = trunk[embedding](tokens)
+        # every block reads the output of the block before it, and a state of its own
+        x = embedding(tokens)  # (B, T, D)
         new_state = []
-        for layer, layer_state in zip(trunk["layers"], state, strict=True):
+        for block, layer_state in zip(blocks, state, strict=True):
             if self.config.recompute and torch.is_grad_enabled():
-                x, layer_state = torch.utils.checkpoint.checkpoint(layer, x, layer_state, use_reentrant=False)
+                x, layer_state = torch.utils.checkpoint.checkpoint(block, x, layer_state, use_reentrant=False)
             else:
-                x, layer_state = layer(x, layer_state)
+                x, layer_state = block(x, layer_state)
             new_state.append(layer_state)
-        return self.lm_head(trunk[norm](x))[..., :C], new_state
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder):
-        """The model of any checkpoint that load_checkpoint reads, on the CPU; ValueError if it cannot."""
-        return cls.from_checkpoint(load_checkpoint(name_or_folder))
+        # the padding of the vocabulary is cut off
+        logits = self.lm_head(norm(x))[..., : self.config.vocab_size]  # (B, T, vocab_size)
+        return logits, new_state
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint):
-        """The model of a dictionary from load_checkpoint, whose tensors become the weights, uncopied."""
-        with torch.device("meta"):
-            model = cls(ModelConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
-        if model.config.tie_embeddings:
-            model.lm_head.weight = model.get_parameter(embedding_name(model.config))
-        return model
+    @staticmethod
+    def from_pretrained(name_or_folder):
+        """The model of a run of train.py, or of a checkpoint on disk or on the hub (Appendix B)."""
+        return model_from_checkpoint(load_checkpoint(name_or_folder))
 
     def save_pretrained(self, folder, format=None, dtype=None):
-        """Write config.json and weights as another library loads them; ValueError where it could not.
-
-        format: "mamba_ssm" (the default for Mamba), "transformers" (version 5 if ngroups > 1; padding rows of
-            the vocabulary count there as words) or "fla" (GLA)
-        dtype: torch dtype of the stored weights; None for that of the files the model came from
-        """
-        c, weights = self.config, self.state_dict()
-        dtype = dtype or getattr(torch, c.torch_dtype)
-        formats = {theirs: kind for kind, (theirs, layer) in KINDS.items() if layer == c.layer}
-        format = format or next(iter(formats))
-        if format not in formats:
-            raise ValueError(f"unknown format {format!r} for {c.layer}, expected {' or '.join(formats)}")
-        if format == "transformers":
-            c = replace(c, vocab_size=len(self.lm_head.weight), pad_vocab_size_multiple=1)
-            weights = {name.replace(".embedding.", ".embeddings."): x for name, x in weights.items()}
-        if format != "mamba_ssm" and c.tie_embeddings:
-            del weights["lm_head.weight"]
-        settings = foreign_settings(c, formats[format], dtype)
-        read_back = ModelConfig(**foreign_config(settings, folder))
-        for field in SETTINGS[format].keys() | {"norm_eps", "gate_low_rank_dim"}:
-            if getattr(read_back, field) != getattr(c, field):
-                raise ValueError(
-                    f"{format} has no setting for {field} {getattr(c, field)}, choose another format"
-                )
-        if dtype not in SAFETENSORS.values():
-            raise ValueError(f"dtype is {dtype}, expected a floating-point one of 16 to 64 bits")
-        for name, x in weights.items():
-            weights[name] = x.detach().to("cpu", dtype).contiguous()
-            if not finite(weights[name]):
-                raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
-        name, write = ("pytorch_model.bin", torch.save)
-        if format != "mamba_ssm":
-            name, write = (WEIGHTS[0], write_safetensors)
-        for other in {CHECKPOINT, *WEIGHTS} - {name}:
-            if os.path.exists(os.path.join(folder, other)):
-                raise ValueError(
-                    f"{folder!r} holds {other}, which would be read instead: choose another folder"
-                )
-        file, config_file = os.path.join(folder, name), os.path.join(folder, "config.json")
-        try:
-            os.makedirs(folder, exist_ok=True)
-            write(weights, f"{file}.tmp")
-            os.replace(f"{file}.tmp", file)
-            Path(f"{config_file}.tmp").write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(f"{config_file}.tmp", config_file)
-        except (OSError, RuntimeError) as error:  # torch.save: RuntimeError
-            raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
+        """Write the model for mamba_ssm, transformers or fla, as export_model of Appendix B says."""
+        export_model(self, folder, format, dtype)
 
 
-def check_state(state, empty, B):
-    """Raise a ValueError unless `state` is one of B rows and else like `empty`, one of none; return it."""
-    try:
-        state = [LayerState(*layer) for layer in state]
-    except TypeError:
-        raise ValueError(f"state is a {type(state).__name__}, expected a list of LayerState") from None
-    if len(state) != len(empty):
-        raise ValueError(f"state has {len(state)} layers, expected {len(empty)}")
-    for i, (given, wanted) in enumerate(zip(state, empty, strict=True)):
-        for name, x, like in zip(LayerState._fields, given, wanted, strict=True):
-            shape = tuple(x.shape) if isinstance(x, torch.Tensor) else x
-            expected = None if like is None else (B, *like.shape[1:])
-            if shape != expected:
-                raise ValueError(f"state[{i}].{name} has shape {shape}, expected {expected}")
-            if x is None:
-                continue
-            # autocast computes the convolution's inputs in a dtype of its own; S keeps float32 even there
-            other = name == "conv" and torch.is_autocast_enabled(x.device.type)
-            if x.device != like.device or (x.dtype != like.dtype and not other):
-                found, fit = (f"{y.dtype} on {y.device}" for y in (x, like))
-                raise ValueError(f"state[{i}].{name} is {found}, expected {fit}")
+# --------------------------------------------------------------------------------------------------
+# 4 The interventions: from which state does the next training sequence start?
+#
+# Each is a function (state, stats, rng) -> state. It takes the final state of the previous batch, running
+# statistics of final states, and a torch.Generator on the device of the state, and returns the initial state
+# of the next batch. For a new idea write one function and add one entry to INTERVENTIONS.
+
+
+def zero(state, stats, rng):
+    """Ordinary training. With extra steps this is also the control of every experiment."""
+    return map_state(torch.zeros_like, state)
+
+
+def random_noise(state, stats, rng, std=1.0):
+    """Independent N(0, std^2), with the same std in every layer and head (paper, section 3.2)."""
+    return map_state(lambda x: std * normal_like(x, rng), state)
+
+
+def fitted_noise(state, stats, rng):
+    """Independent normal numbers with the mean and std of final states, per layer and head (section 3.2)."""
+
+    def fitted(x, mean, std):
+        return (mean + std * normal_like(x, rng)).to(x.dtype)
+
+    return map_state(fitted, state, stats.mean, stats.std)
+
+
+def state_passing(state, stats, rng):
+    """The final state of the previous batch, which holds other sequences (section 3.2)."""
     return state
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints: a run of train.py, or a folder of another library with config.json and weights. No file is
-# believed: nothing in it is executed, and everything is checked before there is a model.
-
-CHECKPOINT = "checkpoint.pt"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-HUB = "https://huggingface.co/{name}/resolve/main/{file}"
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-NEOX = "EleutherAI/gpt-neox-20b"  # has the tokenizer of the official Mambas, which come without
-
-KINDS = {  # ssm_cfg.layer or model_type in config.json -> the library that writes it, and our layer
-    "Mamba2": ("mamba_ssm", "mamba2"),
-    "Mamba1": ("mamba_ssm", "mamba1"),
-    "mamba2": ("transformers", "mamba2"),
-    "mamba": ("transformers", "mamba1"),
-    "gla": ("fla", "gla"),  # flash-linear-attention
+INTERVENTIONS = {  # name: (function, does row b of the next batch continue row b of this one?)
+    "zero": (zero, False),
+    "random_noise": (random_noise, False),
+    "fitted_noise": (fitted_noise, False),
+    "state_passing": (state_passing, False),
+    "tbtt": (state_passing, True),  # state passing over rows that continue
 }
-SSM_CFG = ("d_state", "d_conv", "expand", "headdim", "ngroups", "dt_rank")
-SETTINGS = {  # field of ModelConfig -> the library's name of it; ssm_cfg.x is x inside ssm_cfg
-    "mamba_ssm": {
-        x: x for x in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings")
-    } | {x: f"ssm_cfg.{x}" for x in SSM_CFG},
-    "transformers": dict(
-        d_model="hidden_size", n_layer="num_hidden_layers", vocab_size="vocab_size",
-        tie_embeddings="tie_word_embeddings", norm_eps="layer_norm_epsilon", d_state="state_size",
-        d_conv="conv_kernel", expand="expand", headdim="head_dim", ngroups="n_groups",
-        dt_rank="time_step_rank",
-    ),
-    "fla": dict(
-        d_model="hidden_size", n_layer="num_hidden_layers", vocab_size="vocab_size", norm_eps="norm_eps",
-        tie_embeddings="tie_word_embeddings", num_heads="num_heads", expand_k="expand_k", expand_v="expand_v",
-        hidden_ratio="hidden_ratio",
-    ),
-}  # fmt: skip
-FOREIGN_DEFAULTS = {  # where they are not ours
-    "Mamba2": dict(pad_vocab_size_multiple=8),
-    "mamba2": dict(pad_vocab_size_multiple=1, tie_embeddings=False),
-    "mamba": dict(pad_vocab_size_multiple=1),
-}
-COMPUTED = {  # settings, with the values that the formulas of this file stand for
-    "rms_norm": [True], "d_intermediate": [0], "attn_layer_idx": [[]], "ssm_cfg.bias": [False],
-    "ssm_cfg.conv_bias": [True], "ssm_cfg.rmsnorm": [True], "ssm_cfg.norm_before_gate": [False],
-    "ssm_cfg.D_has_hdim": [False], "ssm_cfg.d_ssm": [None], "ssm_cfg.dt_limit": [[0.0, math.inf]],
-    "hidden_act": ["silu", "swish"], "use_bias": [False], "use_conv_bias": [True],
-    "time_step_limit": [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
-    "attn": [None], "num_kv_heads": [None], "feature_map": [None], "use_short_conv": [False],
-    "clamp_min": [None], "use_output_gate": [True], "elementwise_affine": [True], "use_gk": [True],
-    "use_gv": [False], "attnres_block_size": [None],
-}  # fmt: skip
-HARMLESS = (  # settings that change no logits, or that show in the shapes of the weights
-    r"residual_in_fp32|fused_add_norm|attn_cfg|ssm_cfg\.(chunk_size|use_mem_eff_path|dt_m..|dt_init.*|dt_scale"
-    r"|A_init_range|conv_init)|model_type|architectures|.*token_id|(torch_)?dtype|transformers_version|_.*"
-    r"|use_cache|.*initializer_range|time_step_(min|max|floor|scale|init_scheme|rank)|rescale_prenorm_residual"
-    r"|num_heads|chunk_size|use_mambapy|use_associative_scan|norm_before_gate|pad_vocab_size_multiple"
-    r"|intermediate_size|max_position_embeddings|attn_mode|conv_size|share_conv_kernel|fuse_.*|use_l2warp"
-    r"|d_model|d_inner|n_layer"  # mamba_ssm's, which state-spaces/mamba-*-hf carry as well
-)
 
 
-def foreign_settings(c, kind, dtype):
-    """What another library's config.json says of ModelConfig c: a dictionary."""
-    format, layer = KINDS[kind]
-    unused = {"mamba2": ("dt_rank",), "mamba1": ("headdim", "ngroups")}.get(layer, ())
-    settings = {theirs: getattr(c, x) for x, theirs in SETTINGS[format].items() if x not in unused}
-    if format == "mamba_ssm":
-        inside = {x: settings.pop(f"ssm_cfg.{x}") for x in SSM_CFG if x not in unused}
-        return settings | dict(rms_norm=True, residual_in_fp32=True, ssm_cfg=dict(layer=kind, **inside))
-    if kind == "mamba2":
-        settings["num_heads"] = c.expand * c.d_model // c.headdim
-    if format == "transformers":  # <|endoftext|>; by its own default generation would end at a "!"
-        settings |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    return settings | dict(model_type=kind, torch_dtype=str(dtype).removeprefix("torch."))
+def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full"):
+    """The initial state of the next batch: an intervention applied to the final state of this batch.
 
-
-def foreign_config(settings, file):
-    """Another library's config.json as arguments of ModelConfig; ValueError for what is not understood."""
-    ssm = settings.get("ssm_cfg", {})
-    if not isinstance(ssm, dict):
-        raise ValueError(f"{file}: ssm_cfg is {ssm!r}, expected a JSON object")
-    flat = {k: v for k, v in settings.items() if k != "ssm_cfg"} | {f"ssm_cfg.{k}": v for k, v in ssm.items()}
-    kind = str(flat.get("model_type") or flat.pop("ssm_cfg.layer", "Mamba1"))
-    if kind not in KINDS or SETTINGS[KINDS[kind][0]]["d_model"] not in flat:
-        raise ValueError(f"{file}: unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
-    format, layer = KINDS[kind]
-    ours = {theirs: x for x, theirs in SETTINGS[format].items()}
-    config = dict(layer=layer) | FOREIGN_DEFAULTS.get(kind, {})
-    for name, value in flat.items():
-        if name in ours:
-            config[ours[name]] = None if value == "auto" else value  # the rank of Mamba-1's dt
-        elif name in COMPUTED and value not in COMPUTED[name]:
-            raise ValueError(f"{file}: {name} is {value!r}, but only {COMPUTED[name][0]!r} is known here")
-        elif name not in COMPUTED and not re.fullmatch(HARMLESS, name):
-            raise ValueError(f"{file}: unknown setting {name} {value!r}, remove it if it changes no logits")
-    return config
-
-
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def read_safetensors(file):
-    """{name: tensor}, memory-mapped; ValueError where header and file disagree.
-
-    The format: 8 bytes with the size n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets:
-    [start, stop]}}; the tensors, without gaps.
+    function, state, stats, rng: the intervention and its arguments, as above; updates `stats`
+    zero_prob: each row starts from zeros instead with this probability, so that the model does not forget how
+    carry: "full" hands over convolution and scan, "scan" the scan alone, all that the paper's kernel can take
     """
-    if not os.path.isfile(file):
-        raise ValueError(f"{file} is missing, which the index of weights lists")
-    size = os.path.getsize(file)
-    with open(file, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if n > min(size - 8, 100_000_000):
-            raise ValueError(f"{file} has {size} bytes and claims a header of {n}, fetch it again")
-        header = parse_json(f.read(n), file)
-    header.pop("__metadata__", None)
-    weights, ranges = {}, []
-    for name, entry in header.items():
-        try:
-            (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS[entry["dtype"]]
-            if not 0 <= start < stop <= size - 8 - n or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError
-            # one map per tensor: it goes when the tensor goes. Mode c: what is written stays in memory
-            data = np.memmap(file, np.uint8, "c", offset=8 + n + start, shape=stop - start)
-            weights[name] = torch.from_numpy(data).view(dtype).view(shape)
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{file}: the header's entry for {name} is wrong: {str(entry)[:100]}") from None
-        ranges.append((start, stop))
-    starts, stops = zip(*sorted(ranges), strict=True) if ranges else ((), ())
-    if (*starts, size - 8 - n) != (0, *stops):
-        raise ValueError(f"{file}: the header's weights overlap or do not fill the file, fetch it again")
-    return weights
+    assert carry in ("full", "scan") and 0 <= zero_prob <= 1, f"carry {carry!r}, zero_prob {zero_prob}"
+    # no gradient crosses from one batch to the next
+    state = map_state(torch.Tensor.detach, state)
+    stats.update(state)
+    state = function(state, stats, rng)
 
+    # the paper hands over half of the state: the convolution starts from zeros
+    if carry == "scan":
+        zeros = map_state(torch.zeros_like, state)
+        state = [LayerState(empty.conv, layer.scan) for layer, empty in zip(state, zeros, strict=True)]
 
-def write_safetensors(weights, file):
-    """weights: {name: contiguous tensor on the CPU}."""
-    names, header, end = {v: k for k, v in SAFETENSORS.items()}, {"__metadata__": {"format": "pt"}}, 0
-    for name, x in weights.items():
-        header[name] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=[end, end + x.nbytes])
-        end += x.nbytes
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    with open(file, "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        for x in weights.values():
-            f.write(x.view(torch.uint8).numpy())
-
-
-def parse_json(data, file):
-    """A dictionary from JSON, or a ValueError that names the file."""
-    try:
-        return dict(json.loads(data))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{file} is no JSON object or cut off, fetch it again") from None
-
-
-def unpickle(file):
-    """The dictionary in a file of torch.save; executes nothing."""
-    try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever a foreign or cut-off file makes of the unpickler
-        kind = "checkpoint of train.py or mamba_ssm"
-        raise ValueError(f"{file!r} is not a {kind}, cut off or unsafe ({type(error).__name__})") from None
-
-
-def read_weights(file):
-    """{name: tensor} of a .safetensors, an index.json of several, or a .bin."""
-    if file.endswith(".safetensors"):
-        return read_safetensors(file)
-    if file.endswith(".bin"):
-        return unpickle(file)
-    folder, weights = os.path.dirname(file), {}
-    for shard in shards(file):
-        weights |= read_safetensors(os.path.join(folder, shard))
-    return weights
-
-
-def shards(index):
-    """The files, in the same folder, that an index.json lists."""
-    where = parse_json(Path(index).read_bytes(), index).get("weight_map")
-    if not isinstance(where, dict) or not all(
-        re.fullmatch(r"[\w.-]+\.safetensors", str(x)) for x in where.values()
-    ):
-        raise ValueError(f"{index}: weight_map must say which .safetensors of this folder holds which weight")
-    return sorted(set(where.values()))
-
-
-def fetch(name, file):
-    """The path of a file of the hub's model `name`, downloaded at its first use; None if there is none."""
-    path = os.path.join(torch.hub.get_dir(), "lengthgen", name, file)
-    if os.path.isfile(path):
-        return path
-    url, part = HUB.format(name=name, file=file), f"{path}.{os.getpid()}"
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            size = int(response.headers["Content-Length"])
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, part)
-        if os.path.getsize(part) != size:  # torch takes a connection that breaks off for the end
-            raise OSError(f"only {os.path.getsize(part)} of {size} bytes came, try again")
-        os.replace(part, path)
-    except (OSError, http.client.HTTPException, TypeError) as error:
-        if getattr(error, "code", None) == 404:
-            return None
-        raise ValueError(f"no {file} of {name!r} here, and {url} failed: {error}") from None
-    finally:
-        Path(part).unlink(missing_ok=True)
-    return path
-
-
-def fetch_model(name):
-    """The folder with config.json and weights of the hub's model `name`."""
-    config = fetch(name, "config.json") if HUB_NAME.fullmatch(name) else None
-    if config is None:
-        raise ValueError(f"no checkpoint at {name!r}, train one first or give a folder or a name of the hub")
-    folder = os.path.dirname(config)
-    if not any(os.path.isfile(os.path.join(folder, file)) for file in WEIGHTS):
-        next((file for file in WEIGHTS if fetch(name, file)), None)
-    if os.path.isfile(index := os.path.join(folder, WEIGHTS[1])):
-        for shard in shards(index):
-            fetch(name, shard)
-    return folder
-
-
-def load_checkpoint(name_or_folder):
-    """A checkpoint in a folder, a file or on the hub: a dictionary with "config", "model" and "settings".
-
-    Ours as train.py saved it; those of mamba_ssm, transformers and flash-linear-attention with our names, in
-    float32, and with the settings that train.py is to go on with. Raises ValueError, one sentence that names
-    file and weight, for all that is missing, extra, misshapen, not finite, cut off or not understood.
-    """
-    name = os.fspath(name_or_folder)
-    path = name if os.path.exists(name) else fetch_model(name)
-    folder, given = (path, None) if os.path.isdir(path) else os.path.split(path)
-    file = os.path.join(folder, given or CHECKPOINT)
-    if os.path.isfile(file) and not file.endswith((".safetensors", ".json", ".bin")):
-        checkpoint = unpickle(file)
-        if not all(isinstance(checkpoint.get(x), dict) for x in ("config", "model", "settings")):
-            raise ValueError(f"{file!r} is not a checkpoint of train.py")
-        check_weights(checkpoint["config"], checkpoint["model"], file)
-        return checkpoint
-
-    config_file = os.path.join(folder, "config.json")
-    files = [path] if given and given != "config.json" else [os.path.join(folder, x) for x in WEIGHTS]
-    file = next(filter(os.path.isfile, files), None)
-    if not (file and os.path.isfile(config_file)):
-        raise ValueError(f"no checkpoint at {path!r}, expected {CHECKPOINT}, or config.json and {WEIGHTS[0]}")
-    settings = parse_json(Path(config_file).read_bytes(), config_file)
-    config, weights = foreign_config(settings, config_file), {}
-    for theirs, x in read_weights(file).items():
-        ours = str(theirs).replace("backbone.embeddings.", "backbone.embedding.")
-        weights[ours.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # fla's name where fuse_norm is off
-    config = check_weights(config, weights, file)
-    dtype = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()})
-    config.torch_dtype = str(dtype).removeprefix("torch.")
-    if config.tie_embeddings:
-        del weights["lm_head.weight"]
-    # one by one, so that at no time there are two copies in memory
-    weights = {x: weights.pop(x).to(torch.float32, copy=True) for x in list(weights)}
-    if config.tie_embeddings:
-        weights["lm_head.weight"] = weights[embedding_name(config)]
-    tokenizer = name if path != name else None
-    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        tokenizer = folder
-    elif "model_type" not in settings and config.vocab_size == 50277:
-        tokenizer = NEOX
-    run = dict(task="text", T=2048, tokenizer=tokenizer, name=os.path.basename(os.path.abspath(folder)))
-    return dict(config=asdict(config), model=weights, settings=run)
-
-
-def check_weights(config, weights, file):
-    """The ModelConfig of a dictionary, if a model of it has exactly these weights, else a ValueError."""
-    try:
-        config = ModelConfig(**config)
-        with torch.device("meta"):
-            expected = LanguageModel(config).state_dict()
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{file}: its settings make no model: {str(error).splitlines()[0]}") from None
-    embedding = embedding_name(config)
-    if config.tie_embeddings and embedding in weights:
-        weights.setdefault("lm_head.weight", weights[embedding])
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            raise ValueError(f"{file} lacks the weight {name}, which its settings ask for")
-        if name not in expected:
-            raise ValueError(f"{file} has a weight {name}, which its settings do not ask for")
-        x, shape = weights[name], tuple(expected[name].shape)
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.shape != shape:
-            found = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"{file}: {name} is {found}, expected {shape} of a float dtype")
-        if not finite(x):
-            raise ValueError(f"{file}: {name} has numbers that are not finite, fetch it again")
-    if config.tie_embeddings and not weights["lm_head.weight"].equal(weights[embedding]):
-        raise ValueError(f"{file}: lm_head.weight differs from the embedding that its settings tie it to")
-    return config
-
-
-def finite(x):
-    """Whether all of x is; without copies as large as x, which x.isfinite() makes."""
-    return all(math.isfinite(extreme) for extreme in x.aminmax())
-
-
-def embedding_name(config):
-    _, trunk, embedding, _ = LAYERS[config.layer]
-    return f"{trunk}.{embedding}.weight"
-
-
-# --------------------------------------------------------------------------------------------------
-# Interventions: from which state does the next training sequence start?
-#
-# Each is a function (state, stats, rng) -> state: the final state of the previous batch (detached), running
-# statistics of final states, a torch.Generator on the state's device. For a new idea write one function and
-# add one entry.
-
-
-class StateStatistics:
-    """Running mean and std of the final states seen in training (fitted noise, paper section 3.2).
-
-    The scan's S per layer and head, the convolution's inputs per layer and channel; `mean` and `std` are
-    states of shapes that broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper leaves its estimator
-    open: ours is an exponential average over about 1/rate batches.
-    """
-
-    def __init__(self, rate=0.05):
-        self.rate, self.count, self.mean, self.square = rate, 0, None, None
-
-    def update(self, state):
-        def moment(p):
-            def of(x):
-                dims = (0, 1) if x.dim() == 3 else (0, 2, 3)
-                return (x.float() ** p).mean(dims, keepdim=True)
-
-            return all_reduce_mean(map_state(of, state))
-
-        mean, square = moment(1), moment(2)
-        if self.count:  # the first batches count alike, so that the zeros before them never enter
-            w = max(self.rate, 1 / (self.count + 1))
-            mean = map_state(lambda old, new: old + w * (new - old), self.mean, mean)
-            square = map_state(lambda old, new: old + w * (new - old), self.square, square)
-        self.mean, self.square, self.count = mean, square, self.count + 1
-
-    def state_dict(self):
-        means = [tuple(x) for x in self.mean], [tuple(x) for x in self.square]
-        return dict(count=self.count, mean=means[0], square=means[1])
-
-    def load_state_dict(self, saved, device):
-        self.count = saved["count"]
-        for name in ("mean", "square"):
-            setattr(self, name, map_state(lambda x: x.to(device), [LayerState(*x) for x in saved[name]]))
-
-    @property
-    def std(self):
-        return map_state(lambda m, sq: (sq - m * m).clamp(min=0).sqrt(), self.mean, self.square)
-
-
-def all_reduce_mean(state):
-    """Average over the ranks of a distributed run; alone, nothing."""
-    if not torch.distributed.is_initialized():
-        return state
-    for layer in state:
-        for x in layer:
-            if x is not None:
-                torch.distributed.all_reduce(x)
-    return map_state(lambda x: x / torch.distributed.get_world_size(), state)
+    # some rows start from zeros all the same, in all layers
+    if zero_prob > 0:
+        draws = torch.rand(len(state[0].scan), generator=rng, device=state[0].scan.device)
+        rows = (draws < zero_prob).nonzero().flatten()
+        state = map_state(lambda x: x.index_fill(0, rows, 0), state)
+    return state
 
 
 def normal_like(x, rng):
     return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
 
 
-def zero(state, stats, rng):
-    """Ordinary training; with extra steps also the control of every experiment."""
-    return map_state(torch.zeros_like, state)
+class StateStatistics:
+    """Running mean and std of the final states seen in training, for fitted noise (paper, section 3.2).
 
-
-def random_noise(state, stats, rng, std=1.0):
-    """IID N(0, std^2), the same std in every layer and head."""
-    return map_state(lambda x: std * normal_like(x, rng), state)
-
-
-def fitted_noise(state, stats, rng):
-    """IID normal with the mean and std that final states have, per layer and head."""
-    return map_state(lambda x, m, s: (m + s * normal_like(x, rng)).to(x.dtype), state, stats.mean, stats.std)
-
-
-def state_passing(state, stats, rng):
-    """The final state of the previous batch, of other sequences: states compound over the whole run."""
-    return state
-
-
-# TBTT is state passing with rows that continue: the difference is in the second field of its entry
-INTERVENTIONS = {  # name: (function, does row b of the next batch continue row b?)
-    "zero": (zero, False),
-    "random_noise": (random_noise, False),
-    "fitted_noise": (fitted_noise, False),
-    "state_passing": (state_passing, False),
-    "tbtt": (state_passing, True),
-}
-
-
-def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full"):
-    """Apply an intervention to the final state of a batch; no gradient crosses from one batch to the next.
-
-    zero_prob: each row starts from zeros with this probability instead: a zero start is never unlearned.
-    carry: "full" hands over convolution and scan, "scan" the scan alone, all that the paper's kernel takes.
+    They are taken per layer: of the scan per head, of the convolution's inputs per channel. `mean` and `std`
+    are states whose shapes broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper does not say how it
+    estimates them; ours is an exponential average over about 1/rate batches.
     """
-    if carry not in ("full", "scan"):
-        raise ValueError(f"unknown carry {carry!r}, expected full or scan")
-    if not 0 <= zero_prob <= 1:
-        raise ValueError(f"zero_prob is {zero_prob}, expected 0 to 1")
-    state = map_state(torch.Tensor.detach, state)
-    stats.update(state)
-    state = function(state, stats, rng)
-    if carry == "scan":
-        state = [s._replace(conv=None if s.conv is None else torch.zeros_like(s.conv)) for s in state]
-    if zero_prob:
-        scan_state = state[0].scan
-        zeroed = torch.rand(len(scan_state), generator=rng, device=scan_state.device) < zero_prob
-        state = map_state(lambda x: x.masked_fill(zeroed.view(-1, *[1] * (x.dim() - 1)), 0), state)
-    return state
+
+    def __init__(self, rate=0.05):
+        self.rate = rate
+        self.count = 0  # batches so far
+        self.mean = None
+        self.mean_square = None
+
+    def update(self, state):
+        """Take in the final state of one more batch; in a distributed run, of all ranks."""
+        mean = map_state(mean_per_head, state)
+        mean_square = map_state(lambda x: mean_per_head(x.float() ** 2), state)
+        self.count += 1
+        if self.count == 1:
+            self.mean = mean
+            self.mean_square = mean_square
+            return
+        # the first batches count alike, later ones by `rate`
+        weight = max(self.rate, 1 / self.count)
+        self.mean = map_state(lambda old, new: old + weight * (new - old), self.mean, mean)
+        self.mean_square = map_state(
+            lambda old, new: old + weight * (new - old), self.mean_square, mean_square
+        )
+
+    @property
+    def std(self):
+        def std_of(mean, mean_square):
+            return (mean_square - mean * mean).clamp(min=0).sqrt()
+
+        return map_state(std_of, self.mean, self.mean_square)
+
+
+def mean_per_head(x):
+    """The mean of scan (B, H, K, V) per head, or of conv (B, d_conv-1, channels) per channel."""
+    dims = (0, 2, 3) if x.dim() == 4 else (0, 1)
+    return mean_over_ranks(x.float().mean(dims, keepdim=True))
+
+
+def mean_over_ranks(x):
+    """The mean of a tensor over the ranks of a distributed run, computed in place."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+        x /= torch.distributed.get_world_size()
+    return x
 
 
 # --------------------------------------------------------------------------------------------------
-# Corpus: documents -> tokens. Every document starts with the token <|bos|>, in training as in a long stream.
-
-BYTES = tiktoken.Encoding(  # one token per byte of UTF-8; the pieces only bound the work per piece
-    "bytes", pat_str=r"(?s:.{1,16})", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
-)
-BYTES.special = ()  # ids of an encoding's own that can stand for bos and sep
-
-
-class HuggingFaceEncoding(tiktoken.Encoding):
-    """A tokenizer.json of byte-level BPE (GPT-2, GPT-NeoX, ...), with the ids of Hugging Face's tokenizers.
-
-    Raises ValueError for a file of another kind.
-    """
-
-    def __init__(self, file):
-        t = parse_json(Path(file).read_bytes(), file)
-        try:
-            model, vocab, added = t["model"], t["model"]["vocab"], t["added_tokens"]
-            self.nfc = t["normalizer"] == {"type": "NFC"}
-            pre = t["pre_tokenizer"]
-            if (
-                (model["type"], pre["type"]) != ("BPE", "ByteLevel")
-                or pre["add_prefix_space"]
-                or not pre.get("use_regex", True)
-                or not (self.nfc or t["normalizer"] is None)
-                or any(model.get(x) for x in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-                or any(x["lstrip"] or x["rstrip"] or x["single_word"] for x in added)
-            ):
-                raise ValueError
-            # the 256 bytes as printable characters: the printable ones as they are, the others from 256 on
-            printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-            byte_of = {chr(b): b for b in printable}
-            byte_of |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
-            apart = {x["id"] for x in added}
-            ranks = {bytes(byte_of[c] for c in word): i for word, i in vocab.items() if i not in apart}
-            # tiktoken merges in the order of ids
-            merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
-            if merged != sorted(set(merged)) or set(merged) != {i for x, i in ranks.items() if len(x) > 1}:
-                raise ValueError
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(
-                f"{file} is not a byte-level BPE like GPT-NeoX's, which is all that is implemented here"
-            ) from None
-        super().__init__(
-            file,
-            pat_str=GPT2_WORDS,
-            mergeable_ranks=ranks,
-            special_tokens={x["content"]: x["id"] for x in added},
-        )
-        self.special = tuple(x["id"] for x in added if x["special"])
-
-        def splitter(contents):  # longest first: tiktoken itself would cut a run of 24 spaces into 13 + 8 + 3
-            contents = map(re.escape, sorted(contents, key=len, reverse=True))
-            return re.compile(f"({'|'.join(contents) or '(?!)'})")
-
-        self.split_all = splitter(x["content"] for x in added)
-        self.split_added = splitter(x["content"] for x in added if not x["special"])
-
-    def encode(self, text, allowed_special=(), **_):
-        """The ids of a text; special tokens that it spells out are text, unless allowed_special is "all"."""
-        ids = []
-        pieces = (self.split_all if allowed_special == "all" else self.split_added).split(text)
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                ids.append(self._special_tokens[piece])
-            else:  # normalized apart: a combining mark that follows a special token must not join it
-                ids += self.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece)
-        return ids
-
-    def encode_to_numpy(self, text, **options):
-        return np.array(self.encode(text, **options), dtype=np.uint32)
-
-
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# From here on a twentieth of the documents is held out, below it (where that may be none) a tenth of each
-MANY_DOCUMENTS = 200
-
-
-@dataclass
-class Corpus:
-    """Tokens of a training and a validation split."""
-
-    name: str  # what it is, for people
-    train: np.ndarray  # (N,) uint16 or uint32
-    val: np.ndarray
-    words: int  # size of the tokenizer's vocabulary
-    special: tuple = ()  # its own tokens for bos and sep; those that it has not follow its words
-
-    @property
-    def bos(self):
-        return (*self.special, self.words)[0]
-
-    @property
-    def sep(self):
-        return (*self.special, self.words, self.words + 1)[1]
-
-    @property
-    def vocab_size(self):
-        return max(self.words, self.bos + 1, self.sep + 1)
-
-
-def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
-    """Read text and tokenize it. Raises ValueError for a path that is missing, a corpus that is empty.
-
-    paths: None for the Python standard library of this machine, else a list of files, folders or globs:
-        text, .jsonl with a "text" field, or one nanoGPT-style .bin of uint16 tokens
-    tokenizer: "bytes", the name of a tiktoken encoding ("gpt2", "o200k_base"), or a tokenizer.json, its
-        folder or hub name; a .bin is tokenized already and takes only the vocabulary from it
-    vocab_size: of the model that is to read a .bin of an unknown tokenizer ("bytes"); None: as in the .bin
-    """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    paths = paths and [os.fspath(path) for path in paths]
-    encoding = load_encoding(tokenizer)
-    special = encoding.special
-    if paths and any(p.endswith(".bin") for p in paths):
-        words = encoding.n_vocab if tokenizer != "bytes" else vocab_size and vocab_size - 2
-        return _load_bin(paths, words, special)
-    documents = {text: key for key, text in sorted(_read_documents(paths)) if text}  # equal files once
-    if not documents:
-        raise ValueError(f"the corpus is empty: no text in {paths or 'the standard library'}")
-    splits = {"train": [], "val": []}
-    for text, key in documents.items():
-        # a text that spells a special token, as pages about language models do, is text
-        tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
-        if len(documents) >= MANY_DOCUMENTS:
-            splits["val" if zlib.crc32(key.encode()) % 20 == 0 else "train"].append(tokens)
-        else:
-            cut = len(tokens) - len(tokens) // 10
-            splits["train"].append(tokens[:cut])
-            splits["val"].append(tokens[cut:])
-    dtype = np.uint16 if encoding.n_vocab + 2 <= 2**16 else np.uint32
-    bos = np.array([(*special, encoding.n_vocab)[0]])
-    joined = {
-        split: np.concatenate([part for tokens in pieces for part in (bos, tokens)] or [bos]).astype(dtype)
-        for split, pieces in splits.items()
-    }
-    name = f"{len(documents)} documents of {'the Python standard library' if not paths else ' '.join(paths)}"
-    return Corpus(name, joined["train"], joined["val"], encoding.n_vocab, special)
-
-
-def load_encoding(name):
-    """The tiktoken.Encoding that load_corpus calls `tokenizer`; ValueError if there is none."""
-    if name == "bytes":
-        return BYTES
-    file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
-    if not os.path.exists(file) and HUB_NAME.fullmatch(name):
-        file = fetch(name, "tokenizer.json") or name
-    if os.path.isfile(file):
-        return HuggingFaceEncoding(file)
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except ValueError:
-        raise ValueError(
-            f"unknown tokenizer {name!r}, expected bytes or one of {tiktoken.list_encoding_names()} "
-            "or a tokenizer.json"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"the tokenizer {name!r} cannot be fetched: {type(error).__name__}") from None
-    encoding.special = ()
-    return encoding
-
-
-def _read_documents(paths):
-    """Yield (key, text); the key is relative, so that a file is held out on every machine or on none."""
-    library = glob.escape(sysconfig.get_paths()["stdlib"])
-    for path in paths or [os.path.join(library, "**", "*.py")]:
-        if os.path.isfile(path):
-            files, root = [path], os.path.dirname(path)
-        elif os.path.isdir(path):
-            files, root = glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True), path
-        else:
-            files, root = glob.glob(path, recursive=True), os.path.dirname(re.split(r"[*?[]", path)[0])
-        files = [f for f in files if os.path.isfile(f)]
-        if not files:
-            raise ValueError(f"no text at {path!r}, give an existing file, folder or glob")
-        for file in files:
-            key = os.path.relpath(file, root or ".").replace(os.sep, "/")
-            if not paths and ("site-packages" in key or "dist-packages" in key):
-                continue
-            with open(file, encoding="utf-8", errors="replace") as f:
-                if file.endswith(".jsonl"):
-                    for i, line in enumerate(f):
-                        yield f"{key}:{i:09d}", _text_field(line, f"{file} line {i + 1}")
-                else:
-                    yield key, f.read()
-
-
-def _text_field(line, where):
-    """The "text" of a line of .jsonl; halves of a surrogate pair, which JSON can spell, become "?"."""
-    try:
-        return json.loads(line)["text"].encode(errors="replace").decode()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'{where} is no JSON object with a "text"') from None
-
-
-def _load_bin(paths, words, special):
-    if len(paths) > 1:
-        raise ValueError(f"a .bin of tokens stands alone, got {len(paths)} paths")
-    if not os.path.isfile(paths[0]):
-        raise ValueError(f"no tokens at {paths[0]!r}, give an existing .bin of uint16")
-    size = os.path.getsize(paths[0])
-    if size == 0:
-        raise ValueError(f"the corpus is empty: no tokens in {paths[0]}")
-    if size % 2:
-        raise ValueError(f"{paths[0]} has {size} bytes, an odd number, so it is no .bin of uint16")
-    tokens = np.memmap(paths[0], dtype=np.uint16, mode="r")
-    highest = int(tokens.max())
-    words = words or highest + 1
-    if highest >= words:
-        raise ValueError(
-            f"{paths[0]} has a token {highest}, which is outside the vocabulary of {words} words"
-        )
-    cut = len(tokens) - len(tokens) // 10
-    return Corpus(paths[0], tokens[:cut], tokens[cut:], words, special)
+# 5 The tasks. Each is a function (rows, T) -> tokens (B, T+1) int64, part (B, T) int8, both NumPy arrays.
+#
+# The inputs are tokens[:, :-1], the targets tokens[:, 1:]. `part` is the loss mask: a target whose part is 0
+# is neither trained on nor counted; 1, 2, ... name the part of the task that the target belongs to. The last
+# token of a window is the first of the next one, so windows of rows that continue join into one stream.
 
 
 class Rows:
-    """B rows that read pieces of text, at random places or each row onwards from where it was.
+    """B rows that read pieces of a text.
 
-    tokens (N,), from one split; continues: row b of the next piece continues row b of this one (for TBTT and
-    for streams). `rng` (torch.Generator) and `at` are all there is to save.
+    corpus, split: a Corpus of Appendix A, and its "train" or "val"
+    continues: every row reads on where its last piece ended (for TBTT and for streams); otherwise every piece
+        begins at a place that is drawn anew
     """
 
     def __init__(self, corpus, split, B, continues, seed):
-        self.tokens, self.corpus, self.B, self.continues = getattr(corpus, split), corpus, B, continues
+        self.corpus = corpus
+        self.tokens = getattr(corpus, split)  # (N,)
+        self.B = B
+        self.continues = continues
         self.rng = torch.Generator().manual_seed(seed)
-        self.boundaries = np.flatnonzero(self.tokens == corpus.bos)
-        self.at = None
+        self.at = None  # (B,) the place where each row reads next
+        # a document lies between two boundaries
+        boundaries = np.flatnonzero(self.tokens == corpus.bos)
+        self.begins = np.append(0, boundaries + 1)
+        self.ends = np.append(boundaries, len(self.tokens))
 
     def state_dict(self):
-        return dict(rng=self.rng.get_state(), at=None if self.at is None else torch.from_numpy(self.at))
+        return dict(rng=self.rng.get_state(), at=self.at)
 
     def load_state_dict(self, saved):
         self.rng.set_state(saved["rng"])
-        self.at = None if saved["at"] is None else saved["at"].numpy()
+        self.at = saved["at"]
 
-    def take(self, n, overlap=0, inside_document=False):
-        """(B, n) int64 tokens. A continuing row advances by n - overlap and wraps around at the end.
+    def next_batch(self, n, overlap=0, inside_document=False):
+        """(B, n) int64 tokens. Rows that continue advance by n - overlap, and wrap around at the text's end.
 
-        inside_document: skip what is left of a document shorter than n, so that no piece crosses a boundary.
+        inside_document: a row skips to the next document of n tokens where its own has fewer left.
         """
-        last = len(self.tokens) - n
+        last = len(self.tokens) - n  # the last place where a piece can begin
         if last < 0:
             raise ValueError(f"the text has {len(self.tokens)} tokens, shorter than the {n} that are needed")
         if self.at is None or not self.continues:
-            self.at = torch.randint(last + 1, (self.B,), generator=self.rng).numpy()
+            self.at = torch.randint(last + 1, (self.B,), generator=self.rng)
         at = np.where(self.at > last, 0, self.at)
         if inside_document:
-            at = self._skip_boundaries(at, n, last)
-        self.at = at + n - overlap
+            long_enough = self.begins[self.ends - self.begins >= n]
+            if not len(long_enough):
+                raise ValueError(f"no document of the text has the {n} tokens that are needed")
+            end = self.ends[np.searchsorted(self.ends, at)]
+            following = long_enough[np.searchsorted(long_enough, at) % len(long_enough)]
+            at = np.where(at + n <= end, at, following)
+        self.at = torch.from_numpy(at + n - overlap)
         return self.tokens[at[:, None] + np.arange(n)].astype(np.int64)
-
-    def _skip_boundaries(self, at, n, last):
-        """Move each place forward until n tokens without a boundary follow, past the end to the start."""
-        for _ in range(len(self.boundaries) + 2):
-            i = np.searchsorted(self.boundaries, at)
-            boundary = np.append(self.boundaries, len(self.tokens))[i]
-            crosses = boundary < at + n
-            if not crosses.any():
-                return at
-            at = np.where(crosses, boundary + 1, at)
-            at = np.where(at > last, 0, at)
-        raise ValueError(f"no document of the text has the {n} tokens that are needed")
-
-
-# --------------------------------------------------------------------------------------------------
-# Tasks: (rows, T) -> tokens (B, T+1), part (B, T). Inputs are tokens[:, :-1], targets tokens[:, 1:]; `part`
-# is the loss mask: 0 is not trained on and not counted, 1, 2, ... name the part of the task that the target
-# belongs to. The last token of a window is the first of the next, so windows of continuing rows join into one
-# long stream.
 
 
 def text(rows, T):
-    """Plain text, windows of T.
-
-    import os<|bos|>"""
-    tokens = rows.take(T + 1, overlap=1)
+    """Plain text, in windows of T tokens, for example `import os<|bos|>"`. All of the targets count."""
+    tokens = rows.next_batch(T + 1, overlap=1)
     return tokens, np.ones((rows.B, T), dtype=np.int8)
 
 
@@ -1196,65 +636,63 @@ def echo(rows, T):
     target     d   e  f <sep> d  e  f <bos>
     part       1   1  1   0   2  2  2   0       1 text, 2 echo
 
-    Inside T nothing need ever be forgotten, so a model trained from zero states never learns to.
+    Inside T nothing ever needs to be forgotten, so a model trained from zero states does not learn to forget.
     """
     n = T // 2 - 1
     if T % 2 or n < 1:
         raise ValueError(f"echo needs an even T of at least 4, got {T}")
-    passage = rows.take(n, inside_document=True)
-    bos, sep = (np.full((rows.B, 1), x) for x in (rows.corpus.bos, rows.corpus.sep))
+    passage = rows.next_batch(n, inside_document=True)
+    bos = np.full((rows.B, 1), rows.corpus.bos)
+    sep = np.full((rows.B, 1), rows.corpus.sep)
     tokens = np.concatenate([bos, passage, sep, passage, bos], axis=1)
     part = np.repeat(np.array([1, 0, 2, 0], dtype=np.int8), [n, 1, n, 1])
     return tokens, np.tile(part, (rows.B, 1))
 
 
-EPISODES = 4
+ECHO_SHARE = 0.5
 
 
-def echo_windows(rows, T):
-    """Windows of four episodes of echo, T/4 tokens each, cut at random offsets: the sceptic's control.
+def mixed(rows, T):
+    """Half of the rows of a window are echo, the others plain text that begins anywhere; parts as in echo.
 
-    ... e  f <bos> g  h  i <sep> g  h  i <bos> j  k  l <sep> j  k  l <bos> m  n ...
-
-    Models trained on it see one episode follow another. Continuing rows (streams) are cut at whole episodes.
+    Plain text alone does not break models as small as ours. Echo rewards them for keeping the state, and then
+    streams of pure text break them, too. A row that continues goes on after the text, or the passage, that it
+    has read.
     """
-    if T % (2 * EPISODES) or T < 4 * EPISODES:  # every episode an even number of tokens, at least 4
-        raise ValueError(
-            f"echo_windows needs a T of at least {4 * EPISODES} that {2 * EPISODES} divides, got {T}"
-        )
-    short = T // EPISODES
-    if rows.continues:
-        return stream(echo, rows, short, EPISODES)
-    tokens, part = stream(echo, rows, short, EPISODES + 1)
-    at = torch.randint(short, (rows.B, 1), generator=rows.rng).numpy() + np.arange(T + 1)
-    return np.take_along_axis(tokens, at, 1), np.take_along_axis(part, at[:, :-1], 1)
+    text_tokens, text_part = text(rows, T)
+    after_text = rows.at
+    rows.at = after_text - T  # where the text began
+    echo_tokens, echo_part = echo(rows, T)
+    is_echo = torch.rand(rows.B, 1, generator=rows.rng) < ECHO_SHARE
+    rows.at = torch.where(is_echo[:, 0], rows.at, after_text)
+    is_echo = is_echo.numpy()
+    return np.where(is_echo, echo_tokens, text_tokens), np.where(is_echo, echo_part, text_part)
 
 
 def copy(rows, T, shortest=5, longest=20):
-    """The paper's synthetic copying (Jelassi et al. 2024): letters to repeat, 5 to 20 of them, packed into T.
+    """The paper's synthetic copying (Jelassi et al. 2024): 5 to 20 random letters to repeat, packed into T.
 
     input    $  x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     part     0  0  0  0  0  0  1  1  1  1  1  1  0  ...    1 the copy and the stop
 
-    Every window starts a new string, its last one is cut off: rows that continue carry only their state.
-    T = 2n + 3 and shortest = longest = n make one string of n letters.
+    Every window starts a new string and cuts its last one off: rows that continue carry only their state.
+    With T = 2n + 3 and shortest = longest = n the window is one string of n letters.
     """
-    if T < 2 * longest + 3:  # else a window could hold nothing to copy, and a loss over nothing is no number
-        raise ValueError(
-            f"copy needs a T of at least {2 * longest + 3}, the longest string and its copy, got {T}"
-        )
-    tokens = np.full((rows.B, T + 1), ord("$"), dtype=np.int64)
-    part = np.zeros((rows.B, T), dtype=np.int8)
+    if T < 2 * longest + 3:  # a window could hold nothing to copy, and the loss over nothing is no number
+        raise ValueError(f"copy needs a T of at least {2 * longest + 3}, the longest string twice, got {T}")
+    tokens, part = empty_windows(rows, T)
+    tokens[:] = ord("$")
     for b in range(rows.B):
-        t = 0
-        while t < T:
+        start = 0
+        while start < T:
             n = int(torch.randint(shortest, longest + 1, (), generator=rows.rng))
-            string = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).numpy()
-            one = np.concatenate([[ord("$")], string, [ord("|")], string, [ord(".")]])
-            tokens[b, t : min(t + len(one), T)] = one[: T - t]
-            part[b, t + n + 1 : t + 2 * n + 2] = 1
-            t += len(one)
+            letters = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).numpy()
+            string = np.concatenate([[ord("$")], letters, [ord("|")], letters, [ord(".")]])
+            stop = min(start + len(string), T)
+            tokens[b, start:stop] = string[: stop - start]
+            part[b, start + n + 1 : start + 2 * n + 2] = 1
+            start += len(string)
     part[:, -1] = 0  # its target opens the next window
     return tokens, part
 
@@ -1268,169 +706,145 @@ def passkey(rows, T, depth=None):
     <bos>The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass is green. The s
     part 0, and 1 on                                        11111
     |What is the pass key? The pass key is 30719<bos>              | marks joints, the filler fills the window
-                                           11111
+                                   2 on    22222
 
-    depth: the share of the filler that comes before the key, None for a place drawn in each row. The task's
-    opening line is left out: it is longer than our T.
+    depth: the share of the filler that comes before the key; None draws a place for each row. The opening
+    line of the published task is left out, because it is longer than our T.
     """
-    check_bytes(rows.corpus)
-    tokens = np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64)
-    part = np.zeros((rows.B, T), dtype=np.int8)
+    tokens, part = empty_windows(rows, T)
     for b in range(rows.B):
         key = b"%05d" % int(torch.randint(10**5, (), generator=rows.rng))
         needle = b"The pass key is %b. Remember it. %b is the pass key. " % (key, key)
         question = b"What is the pass key? The pass key is " + key
-        n = T - 1 - len(needle) - len(question)
+        n = T - 1 - len(needle) - len(question)  # bytes of filler
         if n < 0:
             raise ValueError(f"passkey needs a T of at least {T - n}, got {T}")
+        before = int(torch.randint(n + 1, (), generator=rows.rng))
+        if depth is not None:
+            before = round(depth * n)
         filler = FILLER * (n // len(FILLER) + 1)
-        before = int(torch.randint(n + 1, (), generator=rows.rng)) if depth is None else round(depth * n)
-        one = filler[:before] + needle + filler[: n - before] + question
-        tokens[b, 1:T] = np.frombuffer(one, dtype=np.uint8)
-        for start in (before + 36, T - 6):  # the target of input t is byte t of `one`
-            part[b, start : start + 5] = 1
+        window = filler[:before] + needle + filler[: n - before] + question
+        tokens[b, 1:T] = np.frombuffer(window, dtype=np.uint8)
+        mention = before + needle.rindex(key)
+        part[b, mention : mention + 5] = 1
+        part[b, T - 6 : T - 1] = 2
     return tokens, part
 
 
-def check_bytes(corpus):
-    if corpus.words != 256:
+def empty_windows(rows, T):
+    """tokens (B, T+1), all <bos>, and part (B, T), all 0, for a task that is written in bytes."""
+    if rows.corpus.words != 256:
         raise ValueError(
-            f"this task is written in bytes, the corpus has {corpus.words} words: use --tokenizer bytes"
+            f"this task is written in bytes, not in {rows.corpus.words} words: --tokenizer bytes"
         )
+    return np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64), np.zeros((rows.B, T), dtype=np.int8)
 
 
+# The words of bAbI v1.2; an answer is a room, in qa5 a receiver or an object
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 OBJECTS = ("apple", "football", "milk")
-ACTORS = {5: ("Bill", "Fred", "Jeff", "Mary")}  # of question 5; the other questions have
-OTHER_ACTORS = ("Daniel", "John", "Mary", "Sandra")
-WORDS = {  # the verbs of bAbI v1.2
-    "move": ("moved", "went", "went back", "journeyed", "travelled"),
-    "take": ("got", "took", "grabbed", "picked up"),
-    "drop": ("dropped", "put down", "discarded", "left"),
-    "give": ("gave", "handed", "passed"),
-}
-OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
-EVENTS = {1: 3, 2: 5, 3: 7, 5: 5}  # in a story
+RECEIVERS = ("Bill", "Fred", "Jeff", "Mary")
+ACTORS = ("Daniel", "John", "Mary", "Sandra")
+MOVE = ("moved", "went", "went back", "journeyed", "travelled")
+TAKE = ("got", "took", "grabbed", "picked up")
+DROP = ("dropped", "put down", "discarded", "left")
 
 
 def babi(qa, rng):
-    """One story of bAbI task qa (1 to 5): facts (list of sentences), question, answer. Our own generator."""
-    if qa not in range(1, 6):
-        raise ValueError(f"qa is {qa}, expected 1 to 5")
+    """A story of bAbI task qa, 1 ("Where is Mary?") or 2 ("Where is the milk?"), from our own generator.
 
-    def pick(xs):
-        return list(xs)[int(torch.randint(len(xs), (), generator=rng))]
+    Returns its facts (a list of sentences), the question and the answer.
+    """
 
-    if qa == 4:
-        d, middle = pick(OPPOSITE), pick(ROOMS)
-        a, c = pick([x for x in ROOMS if x != middle]), middle
-        while c in (a, middle):
-            c = pick(ROOMS)
-        facts = [f"The {a} is {d} of the {middle}.", f"The {c} is {OPPOSITE[d]} of the {middle}."]
-        return facts, *pick([(f"What is {d} of the {middle}?", a), (f"What is the {middle} {d} of?", c)])
-    place, holder, trail, gift, facts = {}, {}, {}, None, []  # trail: the rooms an object was in
-    for _ in range(EVENTS[qa]):
-        X = pick(ACTORS.get(qa, OTHER_ACTORS))
-        mine = [o for o in OBJECTS if holder.get(o) == X]
-        free = [o for o in OBJECTS if not holder.get(o) and trail.get(o, [place.get(X)])[-1] == place.get(X)]
-        near = [y for y in place if y != X and place[y] == place.get(X)]
-        can = ["move"]
-        if qa > 1 and X in place:
-            can += (
-                ["take"] * 2 * bool(free)
-                + ["drop"] * bool(mine)
-                + ["give"] * 3 * bool(qa == 5 and mine and near)
-            )
-        event = pick(can)
-        verb = pick(WORDS[event])
+    def pick(options):
+        return options[int(torch.randint(len(options), (), generator=rng))]
+
+    facts = []
+    where = {}  # an actor's room; an object's room, or the actor who carries it
+    for _ in range(3 if qa == 1 else 5):
+        # an actor can take what lies in the same room or what no fact has mentioned, and drop what he has
+        actor = pick(ACTORS)
+        here = where.get(actor)
+        lying = [x for x in OBJECTS if where.get(x, here) == here]
+        carried = [x for x in OBJECTS if where.get(x) == actor]
+        events = ["move"]
+        if qa == 2 and here and lying:
+            events += ["take", "take"]
+        if carried:
+            events.append("drop")
+        event = pick(events)
         if event == "move":
-            place[X] = pick([room for room in ROOMS if room != place.get(X)])
-            facts.append(f"{X} {verb} to the {place[X]}.")
-            for o in mine:
-                trail[o].append(place[X])
-        elif event == "give":
-            gift = X, pick(mine), pick(near)
-            holder[gift[1]] = gift[2]
-            facts.append(f"{X} {verb} the {gift[1]} to {gift[2]}.")
+            where[actor] = pick([room for room in ROOMS if room != here])
+            facts.append(f"{actor} {pick(MOVE)} to the {where[actor]}.")
+        elif event == "take":
+            x = pick(lying)
+            where[x] = actor
+            facts.append(f"{actor} {pick(TAKE)} the {x}{pick(['', ' there'])}.")
         else:
-            o = pick(free if event == "take" else mine)
-            holder[o] = X if event == "take" else None
-            trail.setdefault(o, [place[X]])
-            facts.append(f"{X} {verb} the {o}{pick(['', ' there'])}.")
-    answers = []
-    if qa == 1:
-        answers = [(f"Where is {x}?", room) for x, room in place.items()]
-    elif qa == 2:
-        answers = [(f"Where is the {o}?", rooms[-1]) for o, rooms in trail.items()]
-    elif qa == 3:
-        answers = [(f"Where was the {o} before the {r[-1]}?", r[-2]) for o, r in trail.items() if len(r) > 1]
-    elif gift:
-        X, o, Y = gift
-        answers = [
-            (f"What did {X} give to {Y}?", o), (f"Who gave the {o} to {Y}?", X), (f"Who gave the {o}?", X),
-            (f"Who did {X} give the {o} to?", Y), (f"Who received the {o}?", Y),
-        ]  # fmt: skip
-    return (facts, *pick(answers)) if answers else babi(qa, rng)  # a story that allows no question: again
+            x = pick(carried)
+            where[x] = here
+            facts.append(f"{actor} {pick(DROP)} the {x}{pick(['', ' there'])}.")
+
+    # the question is about an actor or an object of the story; where there is none, another story is told
+    mentioned = [x for x in where if x in (ACTORS if qa == 1 else OBJECTS)]
+    if not mentioned:
+        return babi(qa, rng)
+    x = pick(mentioned)
+    question = f"Where is {x}?" if qa == 1 else f"Where is the {x}?"
+    return facts, question, where.get(where[x], where[x])
 
 
 def babilong(rows, T, qa=None):
-    """bAbI facts in order, at drawn places between lines of background text (BABILong, 2024), in bytes.
+    """The facts of a bAbI story in order, at drawn places between lines of background text (BABILong, 2024).
 
     <bos>import os/Mary went to the office. class A:/John moved to the garden. x/Where is Mary? office.<bos>
     part 0, and 1 on               (here / ends a line)                                         1111111
 
-    qa: 1 to 5, None for one drawn in each row. The background fills the window.
+    qa: 1 or 2; None draws one for each row. In bytes; the background fills the window.
     """
-    check_bytes(rows.corpus)
-    tokens = np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64)
-    part = np.zeros((rows.B, T), dtype=np.int8)
-    background = rows.take(T)
+    tokens, part = empty_windows(rows, T)
+    background = rows.next_batch(T)
     for b in range(rows.B):
-        for _ in range(100):
-            drawn = 1 + int(torch.randint(5, (), generator=rows.rng)) if qa is None else qa
-            facts, question, answer = babi(drawn, rows.rng)
-            n = T - 1 - sum(len(f) + 1 for f in facts) - len(f"{question} {answer}.")
-            if n >= 0:
-                break
-        else:
+        facts, question, answer = babi(qa or 1 + int(torch.randint(2, (), generator=rows.rng)), rows.rng)
+        ending = f"{question} {answer}."
+        n = T - 1 - len(" ".join([*facts, ending]))  # bytes of background
+        if n < 0:
             raise ValueError(f"T is {T}, too short for the stories of babilong: give it about 256")
-        places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.tolist()
-        lines = np.flatnonzero(background[b, :n] == ord("\n")) + 1  # places move on to the end of their line
-        places = [int(lines[lines >= p][0]) if (lines >= p).any() else n for p in places]
-        pieces = np.split(background[b, :n], places)
-        for i, sentence in enumerate([f"{f} " for f in facts] + [f"{question} {answer}."]):
-            pieces.insert(2 * i + 1, np.frombuffer(sentence.encode(), dtype=np.uint8))
-        tokens[b, 1:T] = np.concatenate(pieces)
+
+        # a fact stands between lines, so its drawn place moves on to the end of the line
+        line_ends = np.append(np.flatnonzero(background[b, :n] == ord("\n")) + 1, n)
+        places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.numpy()
+        places = line_ends[np.searchsorted(line_ends, places)]
+        first, *others = np.split(background[b, :n], places)
+        window = [*first]
+        for fact, piece in zip(facts, others, strict=True):
+            window += [*f"{fact} ".encode(), *piece]
+        tokens[b, 1:T] = [*window, *ending.encode()]
         part[b, T - 2 - len(answer) : T - 1] = 1
     return tokens, part
 
 
-def babilong_score(output, answer, question, qa):
-    """BABILong's rule: up to the first '.', the answer is the only label that the question lacks."""
-    labels = ROOMS if qa < 5 else ACTORS[5] + OBJECTS
-    said = output.lower().split(".")[0]
-    return {x for x in labels if x.lower() in said and x not in question} == {answer}
-
-
 TASKS = {  # name: (function, default T, names of the parts)
     "echo": (echo, 50, ("text", "echo")),
-    "echo_windows": (echo_windows, 200, ("text", "echo")),
+    "mixed": (mixed, 50, ("text", "echo")),
     "text": (text, 256, ("text",)),
     "copy": (copy, 64, ("copy",)),
-    "passkey": (passkey, 160, ("key",)),
+    "passkey": (passkey, 160, ("mention", "key")),
     "babilong": (babilong, 256, ("answer",)),
 }
 
 
 def stream(task, rows, T, windows):
     """Join consecutive windows of a task: tokens (B, windows*T + 1), part (B, windows*T)."""
-    pairs = [task(rows, T) for _ in range(windows)]
-    tokens = np.concatenate([tokens[:, :-1] for tokens, _ in pairs] + [pairs[-1][0][:, -1:]], axis=1)
-    return tokens, np.concatenate([part for _, part in pairs], axis=1)
+    batches = [task(rows, T) for _ in range(windows)]
+    tokens = [tokens[:, :-1] for tokens, _ in batches]
+    parts = [part for _, part in batches]
+    last_token = batches[-1][0][:, -1:]
+    return np.concatenate([*tokens, last_token], axis=1), np.concatenate(parts, axis=1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Measures
+# 6 The measures
 
 
 def masked_loss(logits, targets, part):
@@ -1439,222 +853,840 @@ def masked_loss(logits, targets, part):
 
 
 @torch.no_grad()
-def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None):
-    """Sum of losses (nats, float64) and number of targets per bin, streaming: memory is that of a segment.
+def read_stream(model, tokens, segment, state=None):
+    """Read tokens (B, N+1) a segment at a time, carrying the state, in the memory of one segment.
 
-    tokens (B, N+1) integers, NumPy or memory-mapped: inputs are all but the last column, targets all but
-        the first, each counted once; document boundaries are tokens like any other, here as in training
-    bins (N,) or (B, N) integers: the bin that each target is counted in, -1 for none
-    progress: a function of the share that is done, called after each segment
-
-    The result does not depend on `segment`. Cross-entropy in float32 (float64 if the model is).
+    Yields (start, logits, targets): of the inputs from `start` on, the logits (B, n, C), float32 or float64,
+    and their targets (B, n). tokens are integers, NumPy or memory-mapped.
     """
-    if segment < 1:
-        raise ValueError(f"segment must be positive, got {segment}")
+    assert segment >= 1, f"segment must be positive, got {segment}"
+    device = model.lm_head.weight.device
+    for start in range(0, tokens.shape[1] - 1, segment):
+        window = np.asarray(tokens[:, start : start + segment + 1], dtype=np.int64)
+        window = torch.from_numpy(window).to(device)
+        logits, state = model(window[:, :-1], state)
+        yield start, logits.to(torch.promote_types(logits.dtype, torch.float32)), window[:, 1:]
+
+
+def segment_for(B):
+    """How many tokens of B rows to read at a time: more would overflow the caches of a CPU."""
+    return max(1, 12800 // B)
+
+
+def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None):
+    """Sum of losses (nats, float64) and number of targets in each bin, whatever the segment.
+
+    tokens: (B, N+1) integers. The inputs are all but the last column, the targets all but the first, each
+        counted once. Boundaries of documents are tokens like any other, as in training.
+    bins: (N,) or (B, N) integers, the bin of each target; -1 leaves a target out
+    progress: a function that is called after each segment with the share that is done
+    """
+    B, N = tokens.shape[0], tokens.shape[1] - 1
+    bins = np.broadcast_to(bins, (B, N))
     n_bins = int(bins.max()) + 1
     total = torch.zeros(n_bins, dtype=torch.float64)
     count = torch.zeros(n_bins, dtype=torch.int64)
-    device = model.lm_head.weight.device
-    B, N = tokens.shape[0], tokens.shape[1] - 1
-    for start in range(0, N, segment):
-        stop = min(start + segment, N)
-        piece = torch.from_numpy(np.asarray(tokens[:, start : stop + 1], dtype=np.int64)).to(device)
-        logits, state = model(piece[:, :-1], state)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten(), reduction="none")
-        b = np.broadcast_to(bins[..., start:stop], (B, stop - start)).reshape(-1).astype(np.int64)
-        b = torch.from_numpy(b)
-        total.index_add_(0, b.clamp(min=0), loss.double().cpu() * (b >= 0))
-        count.index_add_(0, b.clamp(min=0), (b >= 0).long())
+    for start, logits, targets in read_stream(model, tokens, segment, state):
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").double().cpu()
+        stop = start + targets.shape[1]
+        bin_of = torch.from_numpy(bins[:, start:stop].astype(np.int64)).flatten()
+        counted = bin_of >= 0
+        total += torch.bincount(bin_of[counted], loss[counted], n_bins)
+        count += torch.bincount(bin_of[counted], minlength=n_bins)
         if progress:
             progress(stop / N)
     return total, count
 
 
-def position_edges(T, windows, inside):
-    """Edges of position ranges in tokens: T times 0, 1, 2, 3, 4, 6, 8, 12, ...; finer below T if `inside`."""
-    first = [0] + ([T // 8, T // 4, T // 2] if inside else [])
-    beyond = sorted({T * m * 2**j for j in range(12) for m in (1, 3)} | {T * 2})
-    return sorted(set(first)) + [e for e in beyond if e < T * windows] + [T * windows]
-
-
-# what is at hand at one time; more overflows the caches of a CPU, to a quarter of the speed
-STREAM_ROWS, STREAM_TOKENS = 64, 64 * 200
-
-
 def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0, progress=None):
-    """Loss by position on streams of validation text from a zero state (the paper's position-wise figure).
+    """Loss by position on streams of validation text from a zero state (the paper's figure 1).
 
-    Returns {"T", "edges": tokens, "parts": {part: {"loss": nats, "count": targets}}}, per range of edges.
-    progress: a function of the share that is done.
+    Returns {"x": where ranges of positions end, in multiples of T, part: the mean loss in each range, nats}.
+    The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, in a task of one part also at 1/8, 1/4 and 1/2 T.
     """
     task, _, parts = TASKS[task_name]
     rows = rows or max(1, min(256, 2**22 // (T * windows)))  # 4M tokens are enough
-    edges = position_edges(T, windows, inside=len(parts) == 1)
-    where = np.searchsorted(edges, np.arange(T * windows), side="right") - 1
-    total, count = 0, 0
-    for start in range(0, rows, STREAM_ROWS):
-        some = Rows(corpus, "val", min(STREAM_ROWS, rows - start), True, seed + start)
-        tokens, part = stream(task, some, T, windows)
-        bins = np.where(part > 0, where * len(parts) + part - 1, -1)
-        segment, n = max(1, STREAM_TOKENS // len(tokens)), len(tokens)
-        share = progress and (lambda done, start=start, n=n: progress((start + n * done) / rows))
-        bin_total, bin_count = streaming_loss(model, tokens, bins, segment, progress=share)
-        total, count = total + bin_total, count + bin_count
-    total, count = (x.view(-1, len(parts)).T for x in (total, count))
-    losses = {
-        name: {"loss": (total[i] / count[i]).tolist(), "count": count[i].tolist()}
-        for i, name in enumerate(parts)
-    }
-    return {"T": T, "edges": edges, "parts": losses}
+    tokens, part = stream(task, Rows(corpus, "val", rows, True, seed), T, windows)
+
+    # the ranges
+    ends = [1 / 8, 1 / 4, 1 / 2, 1] if len(parts) == 1 else [1]
+    power = 2
+    while power < windows:
+        ends += [power, power * 3 / 2]
+        power *= 2
+    ends = [end for end in ends if end < windows] + [windows]
+
+    # the bin of a target is its range and its part
+    range_of = np.searchsorted(np.array(ends) * T, np.arange(T * windows), side="right")  # (N,)
+    bins = np.where(part > 0, range_of * len(parts) + part - 1, -1)
+    total, count = streaming_loss(model, tokens, bins, segment_for(rows), progress=progress)
+    measured = {"x": ends}
+    for i, name in enumerate(parts):
+        measured[name] = (total / count)[i :: len(parts)].tolist()
+    return measured
 
 
-@torch.no_grad()
 def paired_gap(model, tokens, T):
-    """The same tokens behind the whole stream and behind at most their last T: what the past costs, nats.
+    """What the past costs in nats: the loss after the whole stream minus that after at most T tokens.
 
-    tokens (B, N+1) with N a multiple of T, a stream from a zero state. Targets are those in the second half
-    of each block of T, so that the short context is T/2 to T long. Returns (N/T,), 0 for the first block.
+    tokens: (B, N+1) with N a multiple of T, a stream from a zero state. The targets are those in the second
+    half of each block of T, so the short context has T/2 to T tokens. Returns (N/T,), 0 for the first block.
     """
     B, N = tokens.shape[0], tokens.shape[1] - 1
-    if N % T:
-        raise ValueError(f"paired_gap needs N + 1 tokens with N a multiple of T {T}, got {N + 1}")
-    block = np.where(np.arange(N) % T < T // 2, -1, np.arange(N) // T)
-    whole, count = streaming_loss(model, tokens, block, segment=max(1, STREAM_TOKENS // B))
+    assert N % T == 0, f"paired_gap needs N + 1 tokens with N a multiple of T {T}, got {N + 1}"
+    block = np.arange(N) // T
+    block[np.arange(N) % T < T // 2] = -1
+    whole, count = streaming_loss(model, tokens, block, segment_for(B))
     short = torch.zeros_like(whole)
     for i in range(N // T):
-        at = slice(i * T, (i + 1) * T)
-        short[i] = streaming_loss(model, tokens[:, i * T : (i + 1) * T + 1], block[at], segment=T)[0][-1]
+        window = tokens[:, i * T : (i + 1) * T + 1]
+        total, _ = streaming_loss(model, window, block[i * T : (i + 1) * T], segment=T)
+        short[i] = total[i]
     return (whole - short) / count
 
 
+def accuracy(model, tokens, part):
+    """Whether the likeliest token is the target, in one teacher-forced pass from a zero state.
+
+    tokens (B, N+1), part (B, N) -> (B, N) float64: 1 right, 0 wrong, NaN where part is 0. The greedy
+    continuation of a prompt is the answer exactly where all targets of the answer are right.
+    """
+    right = []
+    for _, logits, targets in read_stream(model, tokens, segment_for(len(tokens))):
+        right.append((logits.argmax(-1) == targets).double().cpu())
+    return torch.cat(right, 1).masked_fill(torch.from_numpy(part) == 0, math.nan)
+
+
 @torch.no_grad()
-def absorb(model, tokens, state=None):
-    """Read tokens (B, T) in constant memory: logits (B, C) after the last one, and the state."""
-    for piece in torch.as_tensor(tokens).split(max(1, STREAM_TOKENS // len(tokens)), dim=1):
-        logits, state = model(piece.to(model.lm_head.weight.device), state)
+def prefill(model, tokens, state=None):
+    """Read tokens (B, T) in constant memory. Returns the logits (B, C) after the last one, and the state."""
+    for window in torch.as_tensor(tokens).split(segment_for(len(tokens)), dim=1):
+        logits, state = model(window.to(model.lm_head.weight.device), state)
     return logits[:, -1], state
 
 
-@torch.no_grad()
-def generate(model, tokens, n, temperature=0.0, top_k=None, rng=None):
-    """Read tokens (B, T), then yield the next n, one (B,) at a time; temperature 0 takes the likeliest."""
-    logits, state = absorb(model, tokens)
+def generate(model, tokens, n, temperature=0.0):
+    """Read tokens (B, T), then yield the next n tokens, each (B,); temperature 0 takes the likeliest."""
+    logits, state = prefill(model, tokens)
     for _ in range(n):
-        if top_k:
-            lowest = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-            logits = logits.masked_fill(logits < lowest, -math.inf)
         token = logits.argmax(-1)
         if temperature > 0:
-            token = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=rng)[:, 0]
+            # float64, in which the division by a tiny temperature does not overflow
+            token = torch.multinomial((logits.double() / temperature).softmax(-1), 1)[:, 0]
         yield token
-        logits, state = absorb(model, token[:, None], state)
-
-
-def check_positions(name, at, end):
-    """ValueError unless the positions ascend and none lies behind `end`."""
-    if len(at) < 2 or any(a >= b for a, b in itertools.pairwise(at)) or at[-1] > end:
-        raise ValueError(f"{name} must ascend from above 0 to at most {end}, got {list(at[1:])}")
+        logits, state = prefill(model, token[:, None], state)
 
 
 def state_std(model, tokens, at):
-    """Std of the state S after each of the ascending positions `at` of tokens (B, N), and over what.
+    """Std of the state S after each of the ascending positions `at` of tokens (B, N), in float64.
 
-    Returns full (n,) over everything, as in the paper's figure; layers (n, L); heads (n, L, H); float64.
+    Returns full (n,), over all entries as in the paper's figure; layers (n, L); heads (n, L, H).
     """
-    check_positions("at", [0, *at], tokens.shape[1])
-    moments, state = [], None
-    for start, stop in zip([0, *at[:-1]], at, strict=True):
-        _, state = absorb(model, tokens[:, start:stop], state)
-        S = torch.stack([layer.scan.double() for layer in state])  # (L, B, H, K, V)
-        moments.append(torch.stack([S.mean((1, 3, 4)), (S**2).mean((1, 3, 4))]))
-    moments = torch.stack(moments, 1).cpu()  # (2, n, L, H)
+    assert list(at) == sorted({*at}) and 0 < at[0] and at[-1] <= tokens.shape[1], f"at is {at}"
+    full, layers, heads = [], [], []
+    state = None
+    for start, stop in itertools.pairwise([0, *at]):
+        _, state = prefill(model, tokens[:, start:stop], state)
+        S = torch.stack([layer.scan.double() for layer in state]).cpu()  # (L, B, H, K, V)
+        full.append(S.std(correction=0))
+        layers.append(S.std((1, 2, 3, 4), correction=0))
+        heads.append(S.std((1, 3, 4), correction=0))
+    return torch.stack(full), torch.stack(layers), torch.stack(heads)
 
-    def std(dims):
-        mean, square = moments.mean(dims) if dims else moments
-        return (square - mean**2).clamp(min=0).sqrt()
 
-    return std((2, 3)), std((3,)), std(())
+@contextlib.contextmanager
+def changed_decay(model, change):
+    """Within the block, the layers of the model use change(log_a) in the place of log_a."""
+
+    def changed_scan(q, k, v, log_a, state):
+        return scan(q, k, v, change(log_a), state, model.config.backend)
+
+    BACKENDS["changed"] = changed_scan
+    for layer in model.recurrent_layers():
+        layer.backend = "changed"
+    try:
+        yield
+    finally:
+        for layer in model.recurrent_layers():
+            layer.backend = model.config.backend
+        del BACKENDS["changed"]
+
+
+@torch.no_grad()
+def decays(model, tokens):
+    """The log_a of every layer on tokens (B, T) from a zero state: a list of (B, T, H) or (B, T, H, K)."""
+    layers = []
+
+    def record(log_a):
+        layers.append(log_a)
+        return log_a
+
+    with changed_decay(model, record):
+        model(torch.as_tensor(tokens).to(model.lm_head.weight.device))
+    return layers
 
 
 @torch.no_grad()
 def effective_remembrance(model, tokens, starts, end):
-    """EffRem(t) = TV(q(.|x[0:T]), q(.|x[t:T])): how much the tokens before t still matter (paper section 5).
+    """How much the first t tokens still matter: EffRem(t) = TV(q(.|x[0:T]), q(.|x[t:T])) (paper, section 5).
 
-    tokens (B, N) from a zero state; starts: ascending t, 0 < t <= end. All suffixes x[t:] run as one batch
-    that grows at each t. Returns (len(starts), B, N - end) in [0, 1], for the final tokens end, ..., N - 1.
+    Here q is the model's distribution of the next token, and T the length of the context, which is `end`.
+    tokens: (B, N), read from a zero state; starts: ascending t, 0 < t <= end. The suffixes x[t:] run as one
+    batch, which grows by B rows at each t. Returns (len(starts), B, N - end) numbers in [0, 1], for the
+    predictions after the tokens end, ..., N - 1.
     """
-    check_positions("starts", [0, *starts], end)
-    tokens, B = torch.as_tensor(tokens).to(model.lm_head.weight.device), len(tokens)
-    zeros = state = model.zero_state(B)
-    for i, (start, stop) in enumerate(zip([0, *starts], [*starts, end], strict=True)):
-        state = state if i == 0 else map_state(lambda x, z: torch.cat([x, z]), state, zeros)
-        if stop > start:
-            _, state = model(tokens[:, start:stop].repeat(i + 1, 1), state)
-    logits, _ = model(tokens[:, end:].repeat(len(starts) + 1, 1), state)
-    q = logits.float().softmax(-1).unflatten(0, (-1, B))  # (1 + starts, B, N - end, C)
+    assert list(starts) == sorted({*starts}) and 0 < starts[0] and starts[-1] <= end, f"{starts}, end {end}"
+    tokens = torch.as_tensor(tokens).to(model.lm_head.weight.device)
+    zeros = model.zero_state(len(tokens))
+    state = zeros
+    suffixes = 1
+    for start, stop in itertools.pairwise([0, *starts, end]):
+        if start > 0:  # one more suffix begins here
+            state = map_state(lambda x, zero: torch.cat([x, zero]), state, zeros)
+            suffixes += 1
+        if start < stop:
+            _, state = model(tokens[:, start:stop].repeat(suffixes, 1), state)
+    logits, _ = model(tokens[:, end:].repeat(suffixes, 1), state)
+    q = logits.float().softmax(-1).unflatten(0, (suffixes, -1))  # (1 + len(starts), B, N - end, C)
     return ((q[1:] - q[:1]).abs().sum(-1) / 2).cpu()
 
 
-@torch.no_grad()
-def accuracy(model, tokens, part):
-    """Is the likeliest token the target? One teacher-forced pass from a zero state (the paper's copying).
+def babilong_score(output, answer, question, qa):
+    """BABILong's rule: before the first '.', the answer is the only label that the question does not name."""
+    labels = ROOMS if qa < 5 else RECEIVERS + OBJECTS
+    sentence = output.lower().split(".")[0]
+    named = {x for x in labels if x.lower() in sentence and x not in question}
+    return named == {answer}
 
-    tokens (B, T+1), part (B, T) -> (B, T) float64: 1 right, 0 wrong, NaN where part is 0
+
+# --------------------------------------------------------------------------------------------------
+# Appendix A: text and tokenizers. Every document starts with the token <|bos|>, in training as in a stream.
+
+
+@contextlib.contextmanager
+def door(file, what):
+    """Turn any error of the block, which reads `file`, into a ValueError of one line.
+
+    A damaged file can make a library raise anything, even a panic of its Rust code, which is no Exception.
     """
-    device = model.lm_head.weight.device
-    tokens, part = torch.as_tensor(tokens), torch.as_tensor(part)
-    logits, _ = model(tokens[:, :-1].to(device))
-    return (logits.argmax(-1).cpu() == tokens[:, 1:]).double().masked_fill(part == 0, math.nan)
-
-
-def passkey_accuracy(model, corpus, T, depth, rows, seed=0):
-    """Share of `rows` windows of T tokens whose five digits come first in the greedy continuation."""
-    tokens, _ = passkey(Rows(corpus, "val", rows, False, seed), T, depth)
-    answer = torch.stack(list(generate(model, tokens[:, : T - 5], 5)), dim=1)
-    return float((answer.cpu().numpy() == tokens[:, T - 5 : T]).all(1).mean())
-
-
-def babilong_prompts(corpus, T, qa, rows, examples=0, seed=0):
-    """What babilong_accuracy asks: `rows` windows of T tokens up to the answer, behind solved `examples`."""
-    some = Rows(corpus, "val", rows, False, seed)
-    windows = [row[:-1] for row in babilong(some, T, qa)[0]]
-    shots = [babilong(some, TASKS["babilong"][1], qa)[0][:, :-1] for _ in range(examples)]
-    asked = [re.search(r".*((?:Where|What|Who) [^?]*\?) (\w+)\.$", decode(x), re.S).groups() for x in windows]
-    cut = [row[: -len(answer) - 1] for row, (_, answer) in zip(windows, asked, strict=True)]
-    return [np.concatenate([*(shot[b] for shot in shots), row]) for b, row in enumerate(cut)], asked
-
-
-def babilong_published(file, encoding, bos, rows):
-    """The same from the first `rows` of a published file: JSON objects with input, question and target, in
-    one list or one a line."""
-    content = Path(file).read_bytes().strip()
     try:
-        lines = filter(bytes.strip, content.split(b"\n"))
-        entries = json.loads(content if content.startswith(b"[") else b"[%b]" % b",".join(lines))[:rows]
-        asked = [(x["question"].strip(), x["target"].strip()) for x in entries]
-        texts = [f"{x['input'].strip()} {x['question'].strip()}" for x in entries]
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, AssertionError)):
+            reason = f"{type(error).__name__}: {reason}"  # a KeyError, for one, says nothing but the key
+        raise ValueError(f"{file} cannot be read as {what}: {reason}"[:500]) from None
+
+
+def require(name, value, *known):
+    """Raise a ValueError unless a setting in a file has one of the values that the code here stands for."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, but only {known[0]!r} is known here")
+
+
+BYTES = tiktoken.Encoding(  # one token for each byte of UTF-8; the pattern only bounds the work per piece
+    "bytes", pat_str=r"(?s:.{1,16})", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+)
+BYTES.special = ()  # ids of an encoding's special tokens: Corpus takes the first two for bos and sep
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class HuggingFaceEncoding(tiktoken.Encoding):
+    """A tokenizer.json of byte-level BPE (GPT-2, GPT-NeoX, ...), with the ids of Hugging Face's tokenizers.
+
+    Raises ValueError for a file of another kind.
+    """
+
+    def __init__(self, file):
+        with door(file, "a byte-level BPE tokenizer like GPT-NeoX's"):
+            tokenizer = json.loads(Path(file).read_bytes())
+            model, pre = tokenizer["model"], tokenizer["pre_tokenizer"]
+            require("the model", model["type"], "BPE")
+            require("the normalizer", tokenizer["normalizer"], {"type": "NFC"}, None)
+            require("the pre_tokenizer", pre["type"], "ByteLevel")
+            require("add_prefix_space", pre["add_prefix_space"], False)
+            require("use_regex", pre.get("use_regex", True), True)
+            for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+                require(name, model.get(name), None, "", 0)
+
+            # added tokens are found in a text before its words are: the special ones and others
+            added, special, ordinary = {}, [], []  # added: text -> id
+            for token in tokenizer["added_tokens"]:
+                for name in ("lstrip", "rstrip", "single_word"):
+                    require(f"{name} of an added token", token[name], False)
+                added[token["content"]] = token["id"]
+                if token["special"]:
+                    special.append(token["id"])
+                else:
+                    ordinary.append(token["content"])
+
+            # the file spells bytes as characters: printable bytes as they are, the others from 256 on
+            byte_of = {}
+            unprintable = 0
+            for byte in range(256):
+                if 33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte:
+                    byte_of[chr(byte)] = byte
+                else:
+                    byte_of[chr(256 + unprintable)] = byte
+                    unprintable += 1
+
+            # tiktoken merges pairs in the order of the ids that they get, Hugging Face in the order of a list
+            ranks, ids, merged = {}, [], []
+            for word, i in model["vocab"].items():
+                if i in added.values():
+                    continue
+                ranks[bytes(byte_of[character] for character in word)] = i
+                if len(word) > 1:
+                    ids.append(i)
+            for pair in model["merges"]:
+                if isinstance(pair, str):
+                    pair = pair.split(" ")
+                merged.append(model["vocab"]["".join(pair)])
+            if merged != sorted(ids):
+                raise ValueError("its merges are not in the order of their ids")
+
+            # what would go wrong later: UTF-8 has all bytes but 0xC0, 0xC1 and those from 0xF5 on
+            for byte in range(0xF5):
+                if byte not in (0xC0, 0xC1) and bytes([byte]) not in ranks:
+                    raise ValueError(f"the byte {byte} has no token")
+            if "" in added:
+                raise ValueError("an added token is empty")
+            super().__init__(file, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=added)
+            if self.n_vocab > os.path.getsize(file):
+                raise ValueError(f"its vocabulary of {self.n_vocab} tokens is larger than the file")
+            self.nfc, self.special = tokenizer["normalizer"] is not None, tuple(special)
+            self.added, self.added_ordinary = any_of(added), any_of(ordinary)
+
+    def encode(self, text, allowed_special=(), **_):
+        """The ids of a text; special tokens that it spells out are text, unless allowed_special is "all"."""
+        pattern = self.added if allowed_special == "all" else self.added_ordinary
+        ids = []
+        for i, piece in enumerate(pattern.split(text)):
+            if i % 2:  # what the pattern has found
+                ids.append(self._special_tokens[piece])
+                continue
+            if self.nfc:  # each piece apart: a combining mark after a special token must not join it
+                piece = unicodedata.normalize("NFC", piece)
+            ids.extend(self.encode_ordinary(piece))
+        return ids
+
+    def encode_to_numpy(self, text, **options):
+        return np.array(self.encode(text, **options), dtype=np.uint32)
+
+
+def any_of(words):
+    """A pattern that finds the words, the longest first: tiktoken would cut 24 spaces into 13 + 8 + 3."""
+    alternatives = map(re.escape, sorted(words, key=len, reverse=True))
+    return re.compile(f"({'|'.join(alternatives) or '(?!)'})")
+
+
+def load_encoding(name):
+    """The tiktoken.Encoding that load_corpus calls `tokenizer`; ValueError if there is none."""
+    if name == "bytes":
+        return BYTES
+    names = tiktoken.list_encoding_names()
+    if name in names:
+        with door(name, "a tokenizer of tiktoken"):
+            encoding = tiktoken.get_encoding(name)
+        encoding.special = ()
+        return encoding
+    file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
+    if not os.path.exists(name) and HUB_NAME.fullmatch(name):
+        file = download(name, "tokenizer.json") or name
+    if not os.path.isfile(file):
+        raise ValueError(f"unknown tokenizer {name!r}, expected bytes or one of {names} or a tokenizer.json")
+    return HuggingFaceEncoding(file)
+
+
+@dataclass
+class Corpus:
+    """Tokens of a training and a validation split."""
+
+    name: str  # what it is, for people
+    train: np.ndarray  # (N,) uint16 or uint32
+    val: np.ndarray
+    words: int  # size of the tokenizer's vocabulary
+    special: tuple = ()  # the tokenizer's own tokens for bos and sep; those that it lacks follow its words
+
+    def __post_init__(self):
+        ids = [*self.special, self.words, self.words + 1]  # the tokenizer's own, then free ones
+        self.bos, self.sep = ids[:2]
+        self.vocab_size = max(self.words, self.bos + 1, self.sep + 1)
+
+
+# from here on a twentieth of the documents is held out, below it (where that may be none) a tenth of each
+MANY_DOCUMENTS = 200
+
+
+def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
+    """Read text and tokenize it. Raises ValueError for a path that is missing, a corpus that is empty.
+
+    paths: None for the Python standard library of this machine, else a list of files, folders or globs:
+        text, .jsonl with a "text" field, or one nanoGPT-style .bin of uint16 tokens
+    tokenizer: "bytes", the name of a tiktoken encoding ("gpt2", "o200k_base"), or a tokenizer.json, its
+        folder or hub name; a .bin is tokenized already and takes only the vocabulary from it
+    vocab_size: of the model that is to read a .bin of an unknown tokenizer ("bytes"); None: as in the .bin
+    """
+    encoding = load_encoding(tokenizer)
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    paths = list(map(os.fspath, paths or ()))
+    if any(path.endswith(".bin") for path in paths):
+        words = None
+        if tokenizer != "bytes":
+            words = encoding.n_vocab
+        elif vocab_size is not None:
+            words = vocab_size - 2  # the model's bos and sep follow its words
+        return load_bin(paths, words, encoding.special)
+
+    # equal texts are read once
+    documents = {}  # text -> key
+    for key, text in sorted(read_documents(paths)):
+        if text:
+            documents[text] = key
+    source = " ".join(paths) or "the Python standard library"
+    if not documents:
+        raise ValueError(f"the corpus is empty: no text in {source}")
+
+    # the pieces of both splits, each document after a bos
+    corpus = Corpus(f"{len(documents)} documents of {source}", None, None, encoding.n_vocab, encoding.special)
+    dtype = np.uint16 if corpus.vocab_size <= 2**16 else np.uint32
+    bos = np.array([corpus.bos], dtype)
+    train, val = [bos[:0]], [bos[:0]]
+    for text, key in documents.items():
+        # a text that spells a special token, as pages about language models do, is text
+        tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype)
+        if len(documents) < MANY_DOCUMENTS:
+            cut = len(tokens) - len(tokens) // 10
+            train += [bos, tokens[:cut]]
+            val += [bos, tokens[cut:]]
+        elif zlib.crc32(key.encode(errors="surrogateescape")) % 20 == 0:
+            val += [bos, tokens]
+        else:
+            train += [bos, tokens]
+    corpus.train, corpus.val = np.concatenate(train), np.concatenate(val)
+    return corpus
+
+
+def load_bin(paths, words, special):
+    """The Corpus of one .bin, memory-mapped; words None: as many as its highest token asks for."""
+    if len(paths) > 1:
+        raise ValueError(f"a .bin of tokens stands alone, got {len(paths)} paths")
+    with door(paths[0], "a .bin of uint16 tokens"):
+        tokens = np.memmap(paths[0], dtype=np.uint16, mode="r")
+        highest = int(tokens.max())
+        if words is not None and highest >= words:
+            raise ValueError(f"it has a token {highest}, which is outside the vocabulary of {words} words")
+    cut = len(tokens) - len(tokens) // 10
+    return Corpus(paths[0], tokens[:cut], tokens[cut:], words or highest + 1, special)
+
+
+def read_documents(paths):
+    """Yield (key, text); the key is relative, so that a file is held out on every machine or on none."""
+    for path in paths or [sysconfig.get_paths()["stdlib"]]:
+        if os.path.isdir(path):
+            with door(path, "a folder of text"):
+                os.listdir(path)  # glob takes a folder that cannot be read for an empty one
+            root, files = path, glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
+        elif os.path.exists(path):
+            root, files = os.path.dirname(path), [path]
+        else:
+            root, files = os.path.dirname(re.split(r"[*?[]", path)[0]), glob.glob(path, recursive=True)
+        files = list(filter(os.path.isfile, files))
+        if not files:
+            raise ValueError(f"no text at {path!r}, give an existing file, folder or glob")
+        for file in files:
+            key = os.path.relpath(file, root or ".").replace(os.sep, "/")
+            if paths or (key.endswith(".py") and not re.search("(site|dist)-packages", key)):
+                yield from read_file(file, key)
+
+
+def read_file(file, key):
+    """Yield (key, text) of a file, or of each line of a .jsonl."""
+    with door(file, "text"):
+        with open(file, encoding="utf-8", errors="replace") as f:
+            lines = f.readlines()
+        if any("\0" in line for line in lines):
+            raise ValueError("it has NUL bytes, so it is a binary file")
+    if not file.endswith(".jsonl"):
+        yield key, "".join(lines)
+        return
+    for i, line in enumerate(lines):
+        with door(f"{file} line {i + 1}", 'a JSON object with a "text"'):
+            # halves of a surrogate pair, which JSON can spell, become "?"
+            text = json.loads(line)["text"].encode(errors="replace").decode()
+        yield f"{key}:{i:09d}", text
+
+
+def read_babilong(file, rows):
+    """The first entries of a published BABILong file: a list of (text with the question, question, answer).
+
+    The file holds JSON objects with input, question and target, in one list or one a line.
+    """
+    with door(file, "BABILong, JSON objects with input, question and target"):
+        content = Path(file).read_text()
+        if content.lstrip().startswith("["):
+            objects = json.loads(content)
+        else:
+            objects = [json.loads(line) for line in content.splitlines() if line.strip()]
+        entries = []
+        for x in objects[:rows]:
+            question = x["question"].strip()
+            entries.append((f"{x['input'].strip()} {question}", question, x["target"].strip()))
         if not entries:
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file} is no list of JSON objects with input, question and target") from None
-    # vocabularies of more than bytes have the space in front of the word that follows
-    space = " " if encoding.n_vocab == 256 else ""
-    return [np.array([bos, *encoding.encode(text + space, disallowed_special=())]) for text in texts], asked
+            raise ValueError("it is empty")
+    return entries
 
 
-def decode(tokens):
-    """Text of byte tokens (N,); the special tokens are left out."""
-    return bytes(int(x) for x in tokens if x < 256).decode(errors="replace")
+# --------------------------------------------------------------------------------------------------
+# Appendix B: checkpoints of other libraries. No file is believed: nothing in it is executed, and a model that
+# would be larger than its file is not built.
+
+CHECKPOINT = "checkpoint.pt"  # of train.py
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of the others
+HUB = "https://huggingface.co/{name}/resolve/main/{file}"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+NEOX = "EleutherAI/gpt-neox-20b"  # has the tokenizer of the official Mambas, which come without
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+MAMBA_SSM = "d_model n_layer vocab_size tie_embeddings pad_vocab_size_multiple ssm_cfg.d_state ssm_cfg.d_conv"
+TRANSFORMERS = "hidden_size num_hidden_layers vocab_size tie_word_embeddings layer_norm_epsilon state_size"
+FLA = "hidden_size num_hidden_layers vocab_size tie_word_embeddings norm_eps num_heads expand_k expand_v"
+OFFICIAL = dict(d_model=2560, n_layer=64, pad_vocab_size_multiple=8)
+PADDED = dict(pad_vocab_size_multiple=1)  # in transformers the padding of a vocabulary counts as words
+LARGE2 = dict(PADDED, d_model=4096, n_layer=64, vocab_size=32768, ngroups=8, tie_embeddings=False)
+MEDIUM1 = dict(PADDED, n_layer=32, vocab_size=50280)
+KINDS = {  # ssm_cfg.layer or model_type: (library, layer, its settings, the values of missing ones)
+    "Mamba2": (
+        "mamba_ssm",
+        "mamba2",
+        MAMBA_SSM + " ssm_cfg.expand ssm_cfg.headdim ssm_cfg.ngroups",
+        OFFICIAL,
+    ),
+    "Mamba1": ("mamba_ssm", "mamba1", MAMBA_SSM + " ssm_cfg.expand ssm_cfg.dt_rank", OFFICIAL),
+    "mamba2": ("transformers", "mamba2", TRANSFORMERS + " conv_kernel expand head_dim n_groups", LARGE2),
+    "mamba": ("transformers", "mamba1", TRANSFORMERS + " conv_kernel expand time_step_rank", MEDIUM1),
+    "gla": ("fla", "gla", FLA + " hidden_ratio", dict(d_model=2048, vocab_size=32000)),
+}
+FIELDS = dict(  # a setting -> the field of ModelConfig that has another name
+    hidden_size="d_model", num_hidden_layers="n_layer", tie_word_embeddings="tie_embeddings",
+    layer_norm_epsilon="norm_eps", state_size="d_state", conv_kernel="d_conv", head_dim="headdim",
+    n_groups="ngroups", time_step_rank="dt_rank",
+)  # fmt: skip
+REQUIRED = {  # settings that change the formulas, with the values that the formulas of this file stand for
+    "rms_norm": [True], "d_intermediate": [0], "attn_layer_idx": [[]], "ssm_cfg.bias": [False],
+    "ssm_cfg.conv_bias": [True], "ssm_cfg.rmsnorm": [True], "ssm_cfg.norm_before_gate": [False],
+    "ssm_cfg.D_has_hdim": [False], "ssm_cfg.d_ssm": [None], "ssm_cfg.dt_limit": [[0.0, math.inf]],
+    "hidden_act": ["silu", "swish"], "use_bias": [False], "use_conv_bias": [True],
+    "time_step_limit": [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
+    "attn": [None], "num_kv_heads": [None], "feature_map": [None], "use_short_conv": [False],
+    "clamp_min": [None], "use_output_gate": [True], "elementwise_affine": [True], "use_gk": [True],
+    "use_gv": [False], "attnres_block_size": [None],
+}  # fmt: skip
 
 
-def babilong_accuracy(model, prompts, asked, qa, decode=decode):
-    """Share of right answers. prompts: list of (n,) tokens; asked: their (question, answer)."""
-    right = 0
-    for n in {len(prompt) for prompt in prompts}:  # prompts of one length run together
-        some = [b for b, prompt in enumerate(prompts) if len(prompt) == n]
-        outputs = torch.stack(list(generate(model, np.stack([prompts[b] for b in some]), 16)), dim=1)
-        for b, output in zip(some, outputs.cpu().numpy(), strict=True):
-            question, answer = asked[b]
-            right += babilong_score(decode(output), answer, question, qa)
-    return right / len(prompts)
+def load_checkpoint(name_or_folder):
+    """A checkpoint on disk or on the hub: a dictionary with "config", "model" (the weights) and "settings".
+
+    name_or_folder: a run of train.py (its folder or file), a folder of another library, or a name of the hub.
+    Weights get our names and float32, "settings" are what train.py is to go on with. Raises ValueError, one
+    sentence that names the file, for all that is missing, extra, misshapen, not finite or not understood.
+    """
+    name = os.fspath(name_or_folder)
+    file = path = name if os.path.exists(name) else download_model(name)
+    if os.path.isdir(path):
+        with door(path, "a folder with a checkpoint"):
+            present = os.listdir(path)
+        found = [file for file in (CHECKPOINT, *WEIGHTS) if file in present]
+        if not found:
+            raise ValueError(
+                f"no checkpoint at {path!r}, expected {CHECKPOINT}, or config.json and {WEIGHTS[-1]}"
+            )
+        file = os.path.join(path, found[0])
+    if not file.endswith((".safetensors", ".json", ".bin")):
+        with door(file, "a checkpoint of train.py"):
+            checkpoint = read_pickle(file)
+            require("the type of its settings", type(checkpoint["settings"]), dict)
+            config = ModelConfig(**checkpoint["config"])
+            checkpoint["model"], _ = load_weights(config, checkpoint["model"])
+        return checkpoint
+
+    # a file of weights of another library, and config.json beside it
+    folder = os.path.dirname(file)
+    config_file = os.path.join(folder, "config.json")
+    with door(config_file, "the settings of a model"):
+        settings = json.loads(Path(config_file).read_bytes())
+        config = import_settings(settings)
+    weights = {}
+    for part in read_index(file) if file.endswith(".json") else [file]:
+        with door(part, "weights"):
+            weights.update(read_pickle(part) if part.endswith(".bin") else read_safetensors(part))
+    with door(file, "a checkpoint"):
+        weights, dtype = load_weights(config, weights)
+    config = replace(config, torch_dtype=str(dtype).removeprefix("torch."))
+
+    # the tokenizer: in the folder, or on the hub
+    tokenizer = name if path != name else None
+    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        tokenizer = folder
+    elif "model_type" not in settings and config.vocab_size == 50277:
+        tokenizer = NEOX
+    run = dict(task="text", T=2048, tokenizer=tokenizer, name=os.path.basename(os.path.abspath(folder)))
+    return dict(config=asdict(config), model=weights, settings=run)
+
+
+def download_model(name):
+    """The folder with the files of the hub's model `name`. config.json comes last: with it, all are there."""
+    unknown = f"no checkpoint at {name!r}, train one first or give a folder or a name of the hub"
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(unknown)
+    folder = os.path.join(torch.hub.get_dir(), "lengthgen", name)
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        found = None
+        for file in WEIGHTS:
+            found = found or download(name, file)
+        if found and found.endswith(".json"):
+            for shard in read_index(found):
+                download(name, os.path.basename(shard))
+        if not download(name, "config.json"):
+            raise ValueError(unknown)
+    return folder
+
+
+def download(name, file):
+    """The path of a file of the hub's model `name`, downloaded at its first use; None if there is none."""
+    path = os.path.join(torch.hub.get_dir(), "lengthgen", name, file)
+    if os.path.isfile(path):
+        return path
+    url, part = HUB.format(name=name, file=file), f"{path}.{os.getpid()}"
+    with door(url, f"{file} of {name!r}, which is not on this machine"):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            urllib.request.urlretrieve(url, part)  # notices a connection that breaks off
+            os.replace(part, path)
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+            return None
+        finally:
+            Path(part).unlink(missing_ok=True)
+    return path
+
+
+def field_of(setting):
+    """The field of ModelConfig that a setting in config.json stands for."""
+    setting = setting.removeprefix("ssm_cfg.")
+    return FIELDS.get(setting, setting)
+
+
+def import_settings(settings):
+    """The ModelConfig of another library's config.json; ValueError where it means other formulas."""
+    # ssm_cfg.x is what mamba_ssm's config.json has inside ssm_cfg
+    flat = dict(settings)
+    for name, value in (flat.pop("ssm_cfg", None) or {}).items():
+        flat[f"ssm_cfg.{name}"] = value
+    kind = str(flat.pop("model_type", None) or flat.pop("ssm_cfg.layer", None) or "Mamba1")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
+    if flat.get("num_kv_heads") == flat.get("num_heads", 4):
+        flat["num_kv_heads"] = None  # which means the same
+
+    # settings that the library leaves to its defaults, that must have a value, that are fields of ours
+    _, layer, names, defaults = KINDS[kind]
+    config, ignored = dict(defaults, layer=layer), []
+    for name, value in flat.items():
+        if name in REQUIRED:
+            require(name, value, *REQUIRED[name])
+        elif name not in names.split():
+            ignored.append(name)
+        elif value not in (None, "auto"):  # both mean the default
+            config[field_of(name)] = value
+    if ignored:
+        print(f"config.json: settings that are unknown here and ignored: {', '.join(ignored)}", flush=True)
+    return ModelConfig(**config)
+
+
+def read_index(index):
+    """The .safetensors files, all in its own folder, that an index.json lists."""
+    with door(index, "an index of weights"):
+        names = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
+        for name in names:
+            if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise ValueError(f"{name!r} is no .safetensors of the same folder")
+        return [os.path.join(os.path.dirname(index), name) for name in names]
+
+
+def read_safetensors(file):
+    """{name: tensor}, memory-mapped.
+
+    The format: 8 bytes with the size n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets:
+    [start, stop]}}; the tensors, without gaps.
+    """
+    size = os.path.getsize(file)
+    with open(file, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if n > size:
+            raise ValueError(f"it has {size} bytes and claims a header of {n}, fetch it again")
+        header = json.loads(f.read(n))
+    header.pop("__metadata__", None)
+    weights, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if start != end:
+            raise ValueError(f"{name} starts at {start}, but the weight before it ends at {end}")
+        # one map for each tensor: it goes when the tensor goes. Mode c: what is written stays in memory
+        data = np.memmap(file, np.uint8, mode="c", offset=8 + n + start, shape=stop - start)
+        weights[name] = torch.from_numpy(data).view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        end = stop
+    if 8 + n + end != size:
+        raise ValueError(f"it has {size} bytes, but its weights end at {8 + n + end}")
+    return weights
+
+
+def read_pickle(file):
+    """The dictionary in a file of torch.save; executes nothing."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > os.path.getsize(file):  # torch.save does not compress
+        raise ValueError(f"it would unpack to {unpacked} bytes, more than it has")
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError:  # whose own text tells how to execute the file
+        raise ValueError("it is damaged, or holds code that would be executed") from None
+
+
+def load_weights(config, weights):
+    """The weights of a model of config, in float32, and the dtype that they had; empties `weights`.
+
+    Raises ValueError unless such a model has exactly these.
+    """
+    # what would load but be wrong: other numbers than floats, or a few bytes that pose as a large tensor
+    ours, dtypes, storages = {}, set(), {}
+    for name, x in weights.items():
+        if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dtype not in DTYPES.values():
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise ValueError(f"{name} is {kind}, expected dense floating point of 16 to 64 bits")
+        dtypes.add(x.dtype)
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        name = str(name).replace("backbone.embeddings.", "backbone.embedding.")  # of transformers
+        ours[name.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # of fla where fuse_norm is off
+
+    # no model is larger than its file: before there are modules, and before there are numbers
+    n_bytes = sum(storages.values())
+    if config.n_layer > len(ours):
+        raise ValueError(f"its settings ask for {config.n_layer} layers, it has {len(ours)} weights")
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    needed = 2 * sum(p.numel() for p in model.parameters())
+    if needed > n_bytes:
+        raise ValueError(f"its settings ask for {needed} bytes or more, its weights have {n_bytes}")
+
+    # PyTorch names what is missing, extra or misshapen
+    embedding = embedding_name(config)
+    if config.tie_embeddings and embedding in ours:
+        ours.setdefault("lm_head.weight", ours[embedding])
+    model.load_state_dict(ours, assign=True)
+    if config.tie_embeddings and not ours["lm_head.weight"].equal(ours[embedding]):
+        raise ValueError("lm_head.weight differs from the embedding that its settings tie it to")
+    model.tie_weights()
+
+    # one weight after the other, and the old one goes: at no time are there two copies of them all
+    weights.clear()
+    ours.clear()
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32, copy=True)
+        if not all(map(math.isfinite, p.data.aminmax())):  # x.isfinite() would copy it
+            raise ValueError(f"{name} has numbers that are not finite, fetch it again")
+    return model.state_dict(), functools.reduce(torch.promote_types, dtypes)
+
+
+def embedding_name(config):
+    _, trunk, embedding, _ = LAYERS[config.layer]
+    return f"{trunk}.{embedding}.weight"
+
+
+def write_atomically(path, write):
+    """Call write(temporary path) and rename: whoever reads the file sees all of it, or the old one.
+
+    Raises ValueError where that fails, for one because the disk is full.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save
+        Path(temporary).unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def model_from_checkpoint(checkpoint):
+    """The model of a dictionary from load_checkpoint, whose tensors become the weights, uncopied."""
+    with torch.device("meta"):
+        model = LanguageModel(ModelConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"], assign=True)
+    model.tie_weights()
+    return model
+
+
+def export_model(model, folder, format=None, dtype=None):
+    """Write config.json and pytorch_model.bin as another library loads them; ValueError where it could not.
+
+    format: "mamba_ssm" (the default for Mamba), "transformers" (version 5 if ngroups > 1; padding rows of the
+        vocabulary count there as words) or "fla" (GLA)
+    dtype: torch dtype of the stored weights; None for that of the files the model came from
+    """
+    # what cannot be written is refused before there is a file
+    config, weights = model.config, {}
+    kinds = {library: kind for kind, (library, layer, _, _) in KINDS.items() if layer == config.layer}
+    if format is None:
+        format = "fla" if config.layer == "gla" else "mamba_ssm"
+    if format not in kinds:
+        raise ValueError(f"unknown format {format!r} for {config.layer}, expected {' or '.join(kinds)}")
+    dtype = dtype or getattr(torch, config.torch_dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}, expected a floating-point one of 16 to 64 bits")
+    for library, field in (("mamba_ssm", "norm_eps"), ("fla", "gate_low_rank_dim")):
+        value = getattr(config, field)
+        if format == library and value != getattr(ModelConfig(layer=config.layer), field):
+            raise ValueError(f"{format} has no setting for {field} {value}, choose another format")
+    for file in (CHECKPOINT, *WEIGHTS[:-1]):
+        if os.path.exists(os.path.join(folder, file)):
+            raise ValueError(f"{folder!r} holds {file}, which would be read instead: choose another folder")
+
+    # the weights by the library's names, a tied one stored once
+    for name, x in model.state_dict().items():
+        weights[name] = x.to("cpu", dtype).contiguous()
+        if not all(map(math.isfinite, weights[name].aminmax())):
+            raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights[embedding_name(config)]
+    if format == "transformers":
+        config = replace(config, vocab_size=len(model.lm_head.weight))
+        weights = {name.replace(".embedding.", ".embeddings."): x for name, x in weights.items()}
+    settings = export_settings(config, kinds[format], dtype)
+    try:
+        file = os.path.join(folder, WEIGHTS[-1])
+        os.makedirs(folder, exist_ok=True)
+        torch.save(weights, f"{file}.tmp")
+        os.replace(f"{file}.tmp", file)
+        Path(folder, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    except (OSError, RuntimeError) as error:  # torch.save: RuntimeError
+        raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
+
+
+def export_settings(config, kind, dtype):
+    """What config.json says of a model: a dictionary."""
+    library, _, names, _ = KINDS[kind]
+    settings, ssm_cfg = {}, dict(layer=kind)
+    for name in names.split():
+        place = ssm_cfg if name.startswith("ssm_cfg.") else settings
+        place[name.removeprefix("ssm_cfg.")] = getattr(config, field_of(name))
+    if library == "mamba_ssm":
+        return dict(settings, rms_norm=True, residual_in_fp32=True, ssm_cfg=ssm_cfg)
+    if kind == "mamba2":
+        settings["num_heads"] = config.expand * config.d_model // config.headdim
+    if library == "transformers":  # <|endoftext|>; by its own default generation would end at a "!"
+        settings.update(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    return dict(settings, model_type=kind, torch_dtype=str(dtype).removeprefix("torch."))

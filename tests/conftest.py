@@ -1,6 +1,7 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py, and as early: torch reads it once
+# waiting threads sleep, as others may use the cores too; torch reads this once
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from test_model import make_model
 from test_tokenizer import make_tokenizer
 
+import eval as evaluate
 import lengthgen as lg
 import train
 
@@ -197,9 +199,8 @@ def test_settings_that_published_checkpoints_carry_besides_change_nothing():
     }
     for kind, more in besides.items():
         settings = dict(model_type=kind, hidden_size=8, num_hidden_layers=24)
-        assert lg.foreign_config(settings | more, "a") == lg.foreign_config(settings, "a"), kind
-    with pytest.raises(ValueError, match="unknown kind of model 'mamba'"):  # besides is not instead
-        lg.foreign_config(dict(model_type="mamba", d_model=8), "a")
+        assert lg.import_settings(settings | more) == lg.import_settings(settings), kind
+    assert lg.import_settings(dict(model_type="mamba", d_model=8)).d_model == 768  # besides is not instead
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_settings_that_published_checkpoints_carry_besides_change_nothing():
     ],
 )
 def test_a_setting_left_out_means_what_it_means_in_that_library(settings, pad, tied):
-    config = lg.ModelConfig(**lg.foreign_config(settings, "config.json"))
+    config = lg.import_settings(settings)
     assert (config.pad_vocab_size_multiple, config.tie_embeddings) == (pad, tied)
 
 
@@ -225,7 +226,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name, format", [(name, format) for format, name in lg.KINDS.values()])
+@pytest.mark.parametrize("name, format", [(kind[1], kind[0]) for kind in lg.KINDS.values()])
 def test_saving_and_loading_changes_no_value_and_keeps_the_stored_dtype(name, format, dtype, tmp_path):
     first = make_model(name, **OURS[name]).to(getattr(torch, dtype)).float()
     first.save_pretrained(str(tmp_path / "a"), format, dtype=getattr(torch, dtype))
@@ -279,8 +280,9 @@ def test_a_folder_with_weights_in_another_format_is_left_alone(tmp_path):
     """They would be read instead of the new ones."""
     first, second = make_model("mamba2"), make_model("mamba2")
     first.save_pretrained(str(tmp_path), "mamba_ssm")
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model.safetensors")
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"holds pytorch_model\.bin, which would be read instead"):
+    with pytest.raises(ValueError, match=r"holds model\.safetensors, which would be read instead"):
         second.save_pretrained(str(tmp_path), "transformers")
     assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
 
@@ -290,7 +292,7 @@ def test_a_run_without_its_parts_is_no_checkpoint(spoil, tmp_path):
     saved = dict(config=lg.asdict(make_model("mamba2").config), model={}, settings={})
     spoil(saved)
     torch.save(saved, tmp_path / lg.CHECKPOINT)
-    with pytest.raises(ValueError, match=r"checkpoint.pt' is not a checkpoint of train.py"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt cannot be read as a checkpoint of train.py"):
         lg.LanguageModel.from_pretrained(tmp_path)
 
 
@@ -318,6 +320,11 @@ def settings(**changes):
     return edit
 
 
+def zip_bomb(folder):
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+
+
 class Bomb:
     def __reduce__(self):
         return open, ("exploded", "w")
@@ -326,33 +333,46 @@ class Bomb:
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (weights(lambda w: w.pop(NAME)), f"pytorch_model.bin lacks the weight {NAME}"),
-        (weights(lambda w: w.update(more=w[NAME])), "pytorch_model.bin has a weight more"),
-        (weights(lambda w: w.update({NAME: w[NAME].T})), rf"{NAME} is .*expected \(48, 8\)"),
+        (weights(lambda w: w.pop(NAME)), f"pytorch_model.bin cannot be .* Missing key.*{NAME}"),
+        (weights(lambda w: w.update(more=w[NAME])), "pytorch_model.bin cannot be .* Unexpected key.*more"),
+        (
+            weights(lambda w: w.update({NAME: w[NAME].T})),
+            rf"{NAME}: .*\[8, 48\].* current model is torch.Size\(\[48, 8\]\)",
+        ),
         (weights(lambda w: w.update({NAME: w[NAME].int()})), rf"{NAME} is .*torch.int32"),
         (weights(lambda w: w.update({NAME: 3})), f"{NAME} is int"),
         (weights(lambda w: w[NAME][0].fill_(torch.nan)), f"{NAME} has numbers that are not"),
         (weights(lambda w: w.update({"lm_head.weight": 2 * w["lm_head.weight"]})), "differs"),
-        (settings(rms_norm=False), "config.json: rms_norm is False, but only True is"),
+        (weights(lambda w: w.update({NAME: w[NAME].to_sparse()})), f"{NAME} is .*expected dense"),
+        (weights(lambda w: w.update({NAME: w[NAME].to(torch.float8_e5m2)})), f"{NAME} is torch.float8_e5m2"),
+        (weights(lambda w: w.update({NAME: torch.zeros(1).expand(48, 10**9)})), "size mismatch"),
+        (weights(lambda w: w.clear()), "pytorch_model.bin cannot be read .* ask for 2 layers, it has 0"),
+        (settings(n_layer=10**9), "pytorch_model.bin cannot be read .* ask for 1000000000 layers"),
+        (settings(d_model=10**6), r"ask for \d+ bytes or more"),
+        (settings(ssm_cfg=dict(layer="Mamba2", headdim=4, d_state=10**9)), r"ask for \d+ bytes or more"),
+        (zip_bomb, "it would unpack to 10000000 bytes"),
+        (settings(rms_norm=False), "config.json cannot be .*: rms_norm is False, but only True is"),
         (settings(attn_layer_idx=[3]), r"attn_layer_idx is \[3\]"),
-        (settings(depth_gate=1), "config.json: unknown setting depth_gate 1"),
         (settings(model_type="llama"), "unknown kind of model 'llama'"),
         (settings(model_type=["a"]), "unknown kind of model"),
-        (settings(d_model="8"), "make no model"),
-        (settings(d_model=-8), "make no model"),
-        (settings(d_model=9), r"expected \(\d+, 9\)|make no model"),
-        (settings(ssm_cfg=[1]), "config.json: ssm_cfg"),
+        (settings(d_model="8"), "config.json cannot be read as the settings"),
+        (settings(d_model=-8), "negative dimension -8"),
+        (settings(d_model=9), r"current model is .*, 9\]|18 channels are no"),
+        (settings(ssm_cfg=[1]), "config.json cannot be read as the settings of a model"),
+        (lambda f: (f / "config.json").write_text('{"d_model": 8'), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json cannot .*RecursionError"),
+        (lambda f: (f / "config.json").unlink(), "config.json cannot .*No such file"),
+        (lambda f: os.truncate(f / "pytorch_model.bin", 3000), "pytorch_model.bin cannot .* not a zip file"),
         (
-            lambda f: (f / "config.json").write_text('{"d_model": 8'),
-            "config.json is no JSON object or cut off",
+            lambda f: torch.save([1, 2], f / "pytorch_model.bin"),
+            "pytorch_model.bin cannot be read as weights",
         ),
-        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is no JSON object or cut off"),
-        (lambda f: (f / "config.json").unlink(), "no checkpoint at .*expected checkpoint.pt, or config.json"),
-        (lambda f: os.truncate(f / "pytorch_model.bin", 3000), "pytorch_model.bin' is not a .*, cut off"),
-        (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "pytorch_model.bin' is not a checkpoint"),
-        (lambda f: torch.save({NAME: Bomb()}, f / "pytorch_model.bin"), "pytorch_model.bin' is not .*unsafe"),
-        (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())), "pytorch_model.bin' is not"),
-        (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin' is not a checkpoint"),
+        (
+            lambda f: torch.save({NAME: Bomb()}, f / "pytorch_model.bin"),
+            "pytorch_model.bin cannot .*executed",
+        ),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())), "pytorch_model.bin cannot"),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin cannot be read as weights"),
     ],
 )
 def test_a_spoilt_checkpoint_is_one_clear_error_and_runs_nothing(spoil, message, tmp_path, monkeypatch):
@@ -362,8 +382,117 @@ def test_a_spoilt_checkpoint_is_one_clear_error_and_runs_nothing(spoil, message,
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         lg.LanguageModel.from_pretrained(str(tmp_path))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
     assert not os.path.exists("exploded")
+
+
+def test_a_library_that_panics_or_talks_at_length_is_one_short_line_and_an_interrupt_passes():
+    class Panic(BaseException):  # as Rust's panics come to Python
+        pass
+
+    for error in (Panic("a\nb " * 1000), MemoryError(), RecursionError("deep"), KeyError("a")):
+        with pytest.raises(
+            ValueError, match=f"^file cannot be read as text: {type(error).__name__}"
+        ) as caught:
+            with lg.door("file", "text"):
+                raise error
+        assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+    with pytest.raises(KeyboardInterrupt), lg.door("file", "text"):
+        raise KeyboardInterrupt
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+    with pytest.raises(ValueError, match=f"^{tmp_path} cannot be read as a folder .*Permission denied$"):
+        lg.load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path} cannot be read as a folder .*Permission denied$"):
+        lg.load_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--init", "--tokenizer"])
+def test_an_empty_name_is_an_error_and_not_none(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("text " * 100)
+    command = [option, "", "--data", "text.txt", "--steps", "1"]
+    with pytest.raises(ValueError, match=f"{option} is empty"):
+        train.main([*command, "--intervention", "zero"])
+    with pytest.raises(ValueError, match=f"{option} is empty"):
+        evaluate.main(["poswise", *command[:4]])
+
+
+def test_unknown_settings_are_named_in_one_line(tmp_path, capsys):
+    make_model("mamba2").save_pretrained(str(tmp_path))
+    settings(depth_gate=1, next_years_key=[2])(tmp_path)
+    capsys.readouterr()
+    lg.LanguageModel.from_pretrained(str(tmp_path))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "depth_gate, next_years_key" in line
+
+
+def test_settings_that_say_nothing_mean_the_default():
+    gla = dict(model_type="gla", hidden_size=8, num_heads=2)
+    for more in (dict(hidden_ratio=None), dict(num_kv_heads=2), dict(num_kv_heads=None)):
+        assert lg.import_settings(gla | more) == lg.import_settings(gla)
+    with pytest.raises(ValueError, match="num_kv_heads is 1"):
+        lg.import_settings(gla | dict(num_kv_heads=1))
+    assert lg.import_settings(dict(d_model=8, ssm_cfg=None)) == lg.import_settings(dict(d_model=8))
+
+
+@pytest.mark.parametrize("kind, name", [("mamba2", "Mamba2Config"), ("mamba", "MambaConfig")])
+def test_missing_settings_are_those_of_transformers(kind, name):
+    theirs = getattr(needs("transformers"), name)()
+    ours = lg.import_settings(dict(model_type=kind))
+    for setting in lg.KINDS[kind][2].split():
+        assert getattr(ours, lg.field_of(setting)) == getattr(theirs, setting), setting
+
+
+@pytest.mark.parametrize(
+    "settings, sizes",
+    [
+        (dict(ssm_cfg=dict(layer="Mamba2")), (2560, 64, 50277)),
+        (dict(), (2560, 64, 50277)),
+        (dict(model_type="gla"), (2048, 24, 32000)),
+    ],
+)
+def test_missing_settings_are_those_of_mamba_ssm_and_fla(settings, sizes):
+    config = lg.import_settings(settings)
+    assert (config.d_model, config.n_layer, config.vocab_size) == sizes
+
+
+@pytest.mark.parametrize("format", ["mamba_ssm", "transformers"])
+def test_settings_that_a_layer_does_not_use_are_not_in_the_way(format, tmp_path):
+    model = make_model("mamba1", headdim=3, ngroups=5, gate_low_rank_dim=7)
+    model.save_pretrained(str(tmp_path), format)
+    back = lg.LanguageModel.from_pretrained(str(tmp_path))
+    assert all(torch.equal(x.float(), y) for x, y in zip(model.parameters(), back.parameters(), strict=True))
+
+
+def test_half_precision_in_a_run_of_ours_is_read_as_float32(tmp_path):
+    model = make_model("mamba2").half()
+    saved = dict(config=lg.asdict(model.config), model=model.state_dict(), settings={})
+    torch.save(saved, tmp_path / lg.CHECKPOINT)
+    back = lg.LanguageModel.from_pretrained(tmp_path)
+    for x, y in zip(model.parameters(), back.parameters(), strict=True):
+        assert y.dtype == torch.float32 and torch.equal(x.float(), y)
+
+
+def save_gla(folder, shards=1):
+    """A GLA of flash-linear-attention in `shards` .safetensors files, with an index if several."""
+    save_file = needs("safetensors.torch").save_file
+    model = make_model("gla").float()
+    model.save_pretrained(str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    weights = {name: x.detach() for name, x in model.state_dict().items()}
+    files = [f"part-{i}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
+    where = {name: files[i % shards] for i, name in enumerate(weights)}
+    for file in files:
+        save_file({name: x for name, x in weights.items() if where[name] == file}, folder / file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    return model
 
 
 def header(change):
@@ -390,27 +519,33 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (offsets(10**12, 10**12 + 32), f"entry for {NORM} is wrong"),
-        (offsets(-32, 0), f"entry for {NORM} is wrong"),
-        (offsets(0, 10**9), f"entry for {NORM} is wrong"),
-        (offsets("a", None), f"entry for {NORM} is wrong"),
-        (offsets(0, 32), "overlap or do not fill the file"),
-        (header(lambda h: h[NORM].update(shape=[-8])), f"entry for {NORM} is wrong"),
-        (header(lambda h: h[NORM].update(shape=[2, -2, -2])), f"entry for {NORM} is wrong"),
-        (header(lambda h: h[NORM].update(shape=[4, 2])), f"{NORM} is "),
-        (header(lambda h: h[NORM].update(dtype="I64")), f"entry for {NORM} is wrong"),
-        (header(lambda h: h.update({NORM: 1})), f"entry for {NORM} is wrong"),
-        (header(lambda h: h.pop(NORM)), "do not fill the file"),
-        (lambda f: os.truncate(f, os.path.getsize(f) - 1), "is wrong|do not fill the file"),
+        (offsets(10**12, 10**12 + 32), "cannot be read as weights"),
+        (offsets(-32, 0), "cannot be read as weights"),
+        (offsets(0, 10**9), "cannot be read as weights"),
+        (offsets("a", None), "cannot be read as weights"),
+        (offsets(0, 32), "cannot be read as weights"),
+        (
+            header(
+                lambda h: h.update({"model.layers.0.attn_norm.weight": h["model.layers.1.attn_norm.weight"]})
+            ),
+            "starts at",
+        ),
+        (header(lambda h: h[NORM].update(shape=[-8])), "cannot be read as weights"),
+        (header(lambda h: h[NORM].update(shape=[2, -2, -2])), "cannot be read as weights"),
+        (header(lambda h: h[NORM].update(shape=[4, 2])), f"size mismatch for {NORM}"),
+        (header(lambda h: h[NORM].update(dtype="I64")), "cannot be read as weights"),
+        (header(lambda h: h.update({NORM: 1})), "cannot be read as weights"),
+        (header(lambda h: h.pop(NORM)), "cannot be read as weights"),
+        (lambda f: os.truncate(f, os.path.getsize(f) - 1), "cannot be read as weights"),
         (lambda f: os.truncate(f, 20), "claims a header of"),
         (lambda f: os.truncate(f, 5), "claims a header of"),
         (lambda f: f.write_bytes((10**10).to_bytes(8, "little") + b"{}"), "claims a header of 10000000000"),
-        (lambda f: f.write_bytes((8).to_bytes(8, "little") + b"{'a': 1}"), "is no JSON object"),
-        (lambda f: f.write_bytes(f.read_bytes() + b"more"), "do not fill the file"),
+        (lambda f: f.write_bytes((8).to_bytes(8, "little") + b"{'a': 1}"), "double quotes"),
+        (lambda f: f.write_bytes(f.read_bytes() + b"more"), "cannot be read as weights"),
     ],
 )
 def test_a_safetensors_file_that_lies_is_one_clear_error(spoil, message, tmp_path):
-    make_model("gla").save_pretrained(str(tmp_path))
+    save_gla(tmp_path)
     lg.LanguageModel.from_pretrained(str(tmp_path))
     spoil(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as caught:
@@ -419,21 +554,22 @@ def test_a_safetensors_file_that_lies_is_one_clear_error(spoil, message, tmp_pat
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    make_model("gla").save_pretrained(str(tmp_path))
+    save_gla(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
     where = {"model.norm.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
-    with pytest.raises(ValueError, match=r"b.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"b.safetensors cannot be read as weights: .*No such file"):
         lg.LanguageModel.from_pretrained(str(tmp_path))
 
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path):
-    make_model("gla").save_pretrained(str(tmp_path / "a"))
+    (tmp_path / "a").mkdir()
+    save_gla(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").rename(tmp_path / "model.safetensors")
     for outside in ("../model.safetensors", str(tmp_path / "model.safetensors"), 3):
         index = dict(weight_map={"model.norm.weight": outside})
         (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match=r"index.json: weight_map must say"):
+        with pytest.raises(ValueError, match=r"index.json cannot be read as an index of weights"):
             lg.LanguageModel.from_pretrained(str(tmp_path / "a"))
 
 
@@ -455,7 +591,7 @@ def test_official_sizes_are_post_trained_as_in_the_paper(tmp_path, monkeypatch):
     assert {key: saved["settings"][key] for key in wanted} == wanted
     assert os.path.samefile(saved["settings"]["tokenizer"], "mamba2-130m")
     assert saved["config"]["recompute"] and saved["config"]["torch_dtype"] == "float16"
-    lg.LanguageModel.from_checkpoint(saved).save_pretrained("out")
+    lg.model_from_checkpoint(saved).save_pretrained("out")
     assert lg.load_checkpoint("out")["config"]["torch_dtype"] == "float16"
 
     # its runs go on as it did
@@ -509,14 +645,8 @@ def test_a_name_is_fetched_from_the_hub_once(hub, name):
 
 def test_all_shards_are_fetched(hub):
     folder = hub / "someone" / "shards"
-    model = make_model("gla").float()
-    model.save_pretrained(str(folder))
-    weights = {name: x.clone() for name, x in lg.read_safetensors(str(folder / "model.safetensors")).items()}
-    (folder / "model.safetensors").unlink()
-    where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(weights)}
-    for file in set(where.values()):
-        lg.write_safetensors({n: x for n, x in weights.items() if where[n] == file}, str(folder / file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    folder.mkdir(parents=True)
+    model = save_gla(folder, shards=2)
     fetched = lg.LanguageModel.from_pretrained("someone/shards")
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), fetched.parameters(), strict=True))
 
@@ -524,7 +654,7 @@ def test_all_shards_are_fetched(hub):
 def test_a_download_that_breaks_off_is_noticed_and_starts_again(hub, tmp_path):
     make_model("mamba2").save_pretrained(str(hub / "someone" / "model"))
     Hub.break_off = True
-    with pytest.raises(ValueError, match=r"someone/model.*bytes came, try again"):
+    with pytest.raises(ValueError, match=r"someone/model.*got only \d+ out of \d+ bytes"):
         lg.LanguageModel.from_pretrained("someone/model")
     assert not [f for _, _, files in os.walk(tmp_path / "cache") for f in files]
     Hub.break_off = False
@@ -539,13 +669,15 @@ def test_names_that_lead_nowhere_are_named(hub):
 
 def test_a_server_that_is_not_there_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(lg, "HUB", "http://127.0.0.1:9/{name}/{file}")
-    with pytest.raises(ValueError, match=r"no config.json of 'someone/model' here, and http.* failed"):
+    with pytest.raises(
+        ValueError, match=r"^http.* of 'someone/model', which is not on this machine: .*Connection refused"
+    ):
         lg.LanguageModel.from_pretrained("someone/model")
 
 
 def test_what_is_read_is_a_copy(tmp_path):
     """Training what was loaded, or replacing the file, leaves the other untouched."""
-    make_model("gla").save_pretrained(str(tmp_path))
+    save_gla(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     model = lg.LanguageModel.from_pretrained(str(tmp_path))
     values = copy.deepcopy(model.state_dict())

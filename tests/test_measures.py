@@ -115,50 +115,29 @@ def test_a_million_tokens_need_the_memory_of_a_hundred_thousand(tmp_path):
     assert long < FLAT * short
 
 
-def test_position_ranges_are_powers_of_two_and_the_steps_between_in_units_of_T():
-    assert [e // 50 for e in lg.position_edges(50, 64, False)] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        6,
-        8,
-        12,
-        16,
-        24,
-        32,
-        48,
-        64,
-    ]
-    assert lg.position_edges(64, 3, True) == [0, 8, 16, 32, 64, 128, 192]
-    assert lg.position_edges(64, 1, False) == [0, 64]
-
-
-@pytest.mark.parametrize("task_name", ["echo", "text", "echo_windows"])
-def test_position_wise_loss_is_the_mean_over_each_range_and_part(task_name, monkeypatch):
-    """Rows come in groups; each range and part against the uncut streams, target by target."""
-    monkeypatch.setattr(lg, "STREAM_ROWS", 2)
-    monkeypatch.setattr(lg, "STREAM_TOKENS", 70)
-    model, corpus, T, windows = make_model(), make_corpus(), 16, 5
+@pytest.mark.parametrize("task_name, T, windows", [("echo", 16, 5), ("text", 16, 5), ("text", 16, 1)])
+def test_position_wise_loss_is_the_mean_over_each_range_and_part(task_name, T, windows):
+    """Each range and part against the uncut streams, target by target."""
+    model, corpus = make_model(), make_corpus()
     got = lg.position_wise(model, task_name, corpus, T, windows, rows=5, seed=3)
     function, _, parts = lg.TASKS[task_name]
-    losses, part = [], []
-    for start, B in ((0, 2), (2, 2), (4, 1)):
-        tokens, p = lg.stream(function, lg.Rows(corpus, "val", B, True, 3 + start), T, windows)
-        losses.append(plain_losses(model, tokens))
-        part.append(p)
-    losses, part = np.concatenate(losses), np.concatenate(part)
-    assert got["T"] == T and got["edges"][0] == 0 and got["edges"][-1] == T * windows
-    assert list(got["parts"]) == list(parts)
-    counted = 0
+    tokens, part = lg.stream(function, lg.Rows(corpus, "val", 5, True, 3), T, windows)
+    losses = plain_losses(model, tokens)
+    ends = [1, 2, 3, 4, 5] if windows == 5 else [1]
+    assert got["x"] == (ends if task_name == "echo" else [1 / 8, 1 / 4, 1 / 2, *ends])
+    assert list(got)[1:] == list(parts)
     for number, name in enumerate(parts, 1):
-        for i, (a, b) in enumerate(zip(got["edges"], got["edges"][1:], strict=False)):
-            here = losses[:, a:b][part[:, a:b] == number]
-            assert got["parts"][name]["count"][i] == here.size
-            assert abs(got["parts"][name]["loss"][i] - here.mean()) < 10 * SEGMENTS * here.mean()
-            counted += here.size
-    assert counted == (part > 0).sum()
+        start = 0
+        for loss, end in zip(got[name], got["x"], strict=True):
+            stop = int(end * T)
+            wanted = losses[:, start:stop][part[:, start:stop] == number].mean()
+            assert abs(loss - wanted) < 10 * SEGMENTS * wanted
+            start = stop
+
+
+def test_position_ranges_are_powers_of_two_and_the_steps_between_in_units_of_T():
+    got = lg.position_wise(make_model(), "echo", make_corpus(), 16, windows=64, rows=1)
+    assert got["x"] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
 def test_positions_that_make_no_measure_are_named():
@@ -166,26 +145,19 @@ def test_positions_that_make_no_measure_are_named():
     for measure, message in (
         (lambda: lg.streaming_loss(model, tokens, np.zeros(40, int), segment=-1), "segment must be positive"),
         (lambda: lg.paired_gap(model, tokens, 7), "N a multiple of T 7, got 41"),
-        (
-            lambda: lg.state_std(model, tokens, [5, 50]),
-            r"at must ascend from above 0 to at most 41, got \[5, 50",
-        ),
-        (lambda: lg.state_std(model, tokens, []), "at must ascend"),
-        (
-            lambda: lg.effective_remembrance(model, tokens, [20, 10], 30),
-            "starts must ascend from above 0 to at",
-        ),
-        (lambda: lg.effective_remembrance(model, tokens, [31], 30), "starts must ascend"),
+        (lambda: lg.state_std(model, tokens, [5, 50]), r"at is \[5, 50\]"),
+        (lambda: lg.state_std(model, tokens, [5, 5]), r"at is \[5, 5\]"),
+        (lambda: lg.effective_remembrance(model, tokens, [20, 10], 30), r"\[20, 10\], end 30"),
+        (lambda: lg.effective_remembrance(model, tokens, [31], 30), r"\[31\], end 30"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(AssertionError, match=message):
             measure()
 
 
-def test_progress_runs_to_the_end_over_all_rows(monkeypatch):
-    monkeypatch.setattr(lg, "STREAM_ROWS", 2)
-    said = []
-    lg.position_wise(make_model(), "text", make_corpus(), 8, windows=4, rows=5, progress=said.append)
-    assert said == sorted(said) and len(said) >= 3 and said[-1] == 1
+def test_progress_runs_to_the_end():
+    shares = []
+    lg.position_wise(make_model(), "text", make_corpus(), 800, windows=2, rows=50, progress=shares.append)
+    assert shares == sorted(shares) and len(shares) >= 3 and shares[-1] == 1
 
 
 def test_masked_loss_is_the_mean_over_what_is_not_masked():
@@ -194,3 +166,30 @@ def test_masked_loss_is_the_mean_over_what_is_not_masked():
     log_p = logits.log_softmax(-1)
     wanted = -sum(log_p[b, t, targets[b, t]] for b, t in ((0, 1), (0, 2), (0, 4), (1, 4))) / 4
     assert abs(lg.masked_loss(logits, targets, part) - wanted) < SEGMENTS
+
+
+def test_with_another_decay_a_model_forgets_as_much_as_asked_for_and_then_is_itself_again():
+    model = make_model("gla", C=11).double()
+    tokens = torch.randint(0, 11, (2, 9))
+    with torch.no_grad():
+        before, _ = model(tokens)
+        alone, _ = model(tokens.reshape(-1, 1))  # every token on its own
+        with lg.changed_decay(model, lambda log_a: torch.full_like(log_a, -1e3)):
+            nothing_kept, _ = model(tokens)
+        after, _ = model(tokens)
+    assert (nothing_kept - alone.view(2, 9, 11)).abs().max() < EXACT
+    assert torch.equal(before, after) and not torch.allclose(before, nothing_kept)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_decay_is_what_remains_of_an_initial_state(name):
+    model = make_model(name, C=11).double()
+    tokens = torch.randint(0, 11, (2, 9))
+    zeros = model.zero_state(2)
+    S = torch.randn_like(zeros[0].scan)
+    with torch.no_grad():
+        _, with_S = model(tokens, [zeros[0]._replace(scan=S), *zeros[1:]])
+        _, without = model(tokens, zeros)
+        share = lg.decays(model, tokens)[0].sum(1).exp()  # (B, H) or (B, H, K)
+    share = share[..., None, None] if name == "mamba2" else share[..., None]
+    assert (with_S[0].scan - without[0].scan - share * S).abs().max() < EXACT

@@ -134,15 +134,52 @@ def test_ids_are_those_of_hugging_face(tmp_path):
 )
 def test_other_kinds_of_tokenizer_are_refused(changes, tmp_path):
     file = make_tokenizer(tmp_path, **changes)
-    with pytest.raises(ValueError, match=r"tokenizer.json is not a byte-level BPE like GPT-NeoX's"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json cannot be read as a byte-level BPE tokenizer like GPT-NeoX's"
+    ):
         lg.load_corpus([__file__], str(file))
 
 
 def test_a_cut_off_file_is_named(tmp_path):
     file = make_tokenizer(tmp_path)
     file.write_text(file.read_text()[:-5])
-    with pytest.raises(ValueError, match=r"tokenizer.json is no JSON object or cut off"):
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a byte-level BPE .*: Expecting"):
         lg.load_corpus([__file__], str(file))
+
+
+def duplicate_id(t):
+    t["model"]["vocab"]["st"] = t["model"]["vocab"]["te"]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (duplicate_id, "PanicException"),
+        (lambda t: t["model"]["vocab"].pop("x"), "the byte 120 has no token"),  # would panic at the first x
+        (lambda t: t["added_tokens"][0].update(content=""), "an added token is empty"),
+        (lambda t: t["added_tokens"][-1].update(id=2**32 - 2), "its vocabulary of 4294967295 tokens"),
+        (lambda t: t["added_tokens"][-1].update(id=-1), "OverflowError"),
+        (lambda t: t["added_tokens"][0].update(lstrip=True), "lstrip of an added token is True"),
+        (lambda t: t["model"]["merges"].append("t x"), "KeyError"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_error(spoil, message, tmp_path):
+    file = make_tokenizer(tmp_path)
+    tokenizer = json.loads(file.read_text())
+    spoil(tokenizer)
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=f"tokenizer.json cannot be read .*{message}") as caught:
+        lg.load_encoding(str(file))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+
+
+def test_an_empty_folder_or_name_is_no_tokenizer_and_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(lg, "download", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "folder").mkdir(parents=True)
+    for name in ("some/folder", ""):
+        with pytest.raises(ValueError, match=f"unknown tokenizer '{name}', expected bytes or"):
+            lg.load_encoding(name)
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])

@@ -1,36 +1,42 @@
 """Training from the command line: every choice runs, stops, goes on and fails the way train.py says."""
 
-import functools
 import itertools
 import json
 import math
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import eval as ev
 import lengthgen as lg
 import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOAT32 = 1e-5  # float32 losses of windows against those of the uncut stream
 RANKS = 1e-4  # weights after 3 steps of 1e-3: the order of additions, which AdamW's division magnifies
-FILES = ["checkpoint.pt", "metrics.jsonl", "position_wise.json", "position_wise.png", "settings.json"]
+FILES = ["checkpoint.pt", "metrics.jsonl", "position_wise.png"]
+
+
+def two_rows(position_wise):
+    return lambda *args, **options: position_wise(*args, **options | dict(rows=2))
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     """Makes training a matter of milliseconds; a folder with a text and a place for the runs."""
-    monkeypatch.setattr(lg, "position_wise", functools.partial(lg.position_wise, rows=2))
+    monkeypatch.setattr(lg, "position_wise", two_rows(lg.position_wise))
     monkeypatch.setitem(train.PRETRAIN, "steps", 2)
-    monkeypatch.setitem(train.TINY, "mamba2", dict(d_model=8, n_layer=2, d_state=4, headdim=8))
-    monkeypatch.setitem(train.TINY, "mamba1", dict(d_model=8, n_layer=2, d_state=4))
-    monkeypatch.setitem(train.TINY, "gla", dict(d_model=8, n_layer=2, num_heads=2))
+    monkeypatch.setitem(train.TINY_MODELS, "mamba2", dict(d_model=8, n_layer=2, d_state=4, headdim=8))
+    monkeypatch.setitem(train.TINY_MODELS, "mamba1", dict(d_model=8, n_layer=2, d_state=4))
+    monkeypatch.setitem(train.TINY_MODELS, "gla", dict(d_model=8, n_layer=2, num_heads=2))
     monkeypatch.chdir(tmp_path)
     words = np.random.default_rng(0).choice("one two three four five six seven".split(), 1000)
     pathlib.Path("text.txt").write_text(" ".join(words))
@@ -67,22 +73,22 @@ class Stopped(Exception):
 def stop_after(monkeypatch, step, steps, save_every):
     """The next run dies after `step`, past the checkpoint at a multiple of save_every."""
     monkeypatch.setattr(train, "SAVE_EVERY", save_every)
-    say = train.say
+    print_once = train.print_once
 
     def stopping(message):
         if message.startswith(f"  step {step:5}/{steps} "):
-            monkeypatch.setattr(train, "say", say)
+            monkeypatch.setattr(train, "print_once", print_once)
             raise Stopped
-        say(message)
+        print_once(message)
 
-    monkeypatch.setattr(train, "say", stopping)
+    monkeypatch.setattr(train, "print_once", stopping)
 
 
 # --------------------------------------------------------------------------------------------------
 # It runs
 
 
-@pytest.mark.parametrize("model", train.TINY)
+@pytest.mark.parametrize("model", train.TINY_MODELS)
 def test_every_intervention_trains_every_model_and_fills_its_folder(model, out, capsys):
     for name in lg.INTERVENTIONS:
         run("--intervention", name, "--model", model)
@@ -92,18 +98,18 @@ def test_every_intervention_trains_every_model_and_fills_its_folder(model, out, 
         assert [line["step"] for line in lines] == [1, 2, 3]
         assert all(math.isfinite(line["loss"]) for line in lines)
         assert [line["tokens"] for line in lines] == [16, 32, 48]
-        settings = json.loads((folder / "settings.json").read_text())
-        assert settings["intervention"] == name and settings["versions"]["torch"] == torch.__version__
-        measured = json.loads((folder / "position_wise.json").read_text())
-        assert measured["edges"][-1] == 64 * 8 and list(measured["parts"]) == ["text", "echo"]
+        saved = lg.load_checkpoint(folder)
+        assert saved["settings"]["intervention"] == name and saved["versions"]["torch"] == torch.__version__
         printed = capsys.readouterr().out
-        assert f"text  {name}" in printed and "echo  base" in printed and "step     3/3  100%" in printed
+        assert "text: loss (nats per token) by position (T)" in printed and "echo: loss" in printed
+        row = next(line for line in printed.splitlines() if line.startswith(f"{ev.pretty(name):26} "))
+        assert len(row[26:].split()) == 12 and "step     3/3  100%" in printed
         assert " tokens/s " in printed and " left\n" in printed
     assert sorted(os.listdir(out / f"{model}-echo-base-s0")) == [f for f in FILES if not f.endswith("png")]
 
 
 def test_interventions_lead_to_different_weights(out, monkeypatch):
-    monkeypatch.setattr(train, "draw_position_wise", lambda *_: None)  # which takes most of the time
+    monkeypatch.setattr(ev, "draw_panels", lambda *_: None)  # which takes most of the time
     weights = {}
     for name in lg.INTERVENTIONS:
         for carry in ("full", "scan"):
@@ -121,7 +127,7 @@ def test_the_state_that_the_next_step_starts_from_is_as_the_options_say(out):
     options = ["--intervention", "random_noise", "--batch", 100, "--carry", "scan"]
     run(*options, "--noise-std", 0.7, "--zero-prob", 0.4)
     saved = lg.load_checkpoint(out / "mamba2-echo-random_noise-scan-s0")
-    for conv, scan in saved["ranks"][0]["state"]:
+    for conv, scan in saved["ranks"][0]["states"][0]:
         zeroed = (scan.flatten(1) == 0).all(1)
         assert abs(zeroed.double().mean() - 0.4) < 5 * math.sqrt(0.4 * 0.6 / 100)
         n = scan[~zeroed].numel()
@@ -129,16 +135,17 @@ def test_the_state_that_the_next_step_starts_from_is_as_the_options_say(out):
         assert not conv.any()
 
 
-@pytest.mark.parametrize("task, T", [("text", 8), ("copy", 43), ("echo_windows", 16)])
-def test_every_task_trains_and_is_measured(task, T, out):
+@pytest.mark.parametrize("task, T", [("text", 8), ("copy", 43), ("echo", 16)])
+def test_every_task_trains_and_is_measured(task, T, out, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ev, "print_panels", drawn.extend)
     run("--intervention", "tbtt", "--task", task, "--accumulate", 2, T=T)
     folder = out / f"mamba2-{task}-tbtt-s0"
     assert sorted(os.listdir(folder)) == FILES and len(metrics(folder)) == 3
-    measured = json.loads((folder / "position_wise.json").read_text())
-    assert list(measured["parts"]) == list(lg.TASKS[task][2])
-    for part in measured["parts"]:
-        for low, high in itertools.pairwise(train.octaves(measured)):
-            assert math.isfinite(train.mean_loss(measured, part, low, high))
+    assert [panel.title for panel in drawn] == list(lg.TASKS[task][2])
+    for panel in drawn:
+        for x, values in panel.curves.values():
+            assert np.isfinite(np.array(values)[0, np.array(x) >= 1]).all()
 
 
 def test_without_an_intervention_only_the_base_is_made(out):
@@ -161,18 +168,20 @@ def test_init_starts_from_the_weights_T_and_task_of_a_checkpoint(out, monkeypatc
 
 
 def test_tbtt_trains_on_the_uncut_stream(out, monkeypatch):
-    """With the weights held still, the losses in metrics.jsonl are those of one long forward pass."""
+    """With the weights held still, the losses in metrics.jsonl are those of one long pass in each slot."""
     monkeypatch.setattr(train, "learning_rate", lambda *_: 0.0)
     options = ["--intervention", "tbtt", "--task", "text", "--zero-prob", 0, "--accumulate", 2]
     run(*options, "--seed", 1, T=8, steps=5)
     model = lg.LanguageModel.from_pretrained(out / "mamba2-text-tbtt-s1").double()
-    rows = lg.Rows(lg.load_corpus(["text.txt"]), "train", 2, True, seed=1000)
-    tokens = torch.from_numpy(lg.stream(lg.text, rows, 8, 10)[0])
-    assert rows.at.min() >= 80  # no row came to the end of the text and began again
-    with torch.no_grad():
-        log_p = model(tokens[:, :-1])[0].log_softmax(-1)
-    losses = -log_p.gather(-1, tokens[:, 1:, None]).view(2, 5, 16).mean((0, 2))
-    for line, loss in zip(metrics(out / "mamba2-text-tbtt-s1"), losses, strict=True):
+    losses = []
+    for seed in (1000, 1000 + 10**6):
+        rows = lg.Rows(lg.load_corpus(["text.txt"]), "train", 2, True, seed=seed)
+        tokens = torch.from_numpy(lg.stream(lg.text, rows, 8, 5)[0])
+        assert rows.at.min() >= 40  # no row came to the end of the text and began again
+        with torch.no_grad():
+            log_p = model(tokens[:, :-1])[0].log_softmax(-1)
+        losses.append(-log_p.gather(-1, tokens[:, 1:, None]).view(2, 5, 8))
+    for line, loss in zip(metrics(out / "mamba2-text-tbtt-s1"), torch.cat(losses).mean((0, 2)), strict=True):
         assert abs(line["loss"] - loss) < FLOAT32
 
 
@@ -193,9 +202,9 @@ def test_the_learning_rate_is_that_of_the_schedule(out):
     assert [line["lr"] for line in metrics(out / "mamba2-echo-base-s0")] == wanted
 
 
-@pytest.mark.parametrize("model", train.TINY)
+@pytest.mark.parametrize("model", train.TINY_MODELS)
 def test_norms_biases_and_the_vectors_of_the_recurrence_do_not_decay(model, out):
-    config = lg.ModelConfig(layer=model, vocab_size=258, **train.TINY[model])
+    config = lg.ModelConfig(layer=model, vocab_size=258, **train.TINY_MODELS[model])
     model = lg.LanguageModel(config)
     groups = train.make_optimizer(model).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -238,7 +247,7 @@ def test_twenty_steps_are_ten_and_a_stop_and_ten_bit_for_bit(name, out, monkeypa
 def test_a_finished_run_is_found_and_not_repeated(out, monkeypatch, capsys):
     run("--intervention", "tbtt")
     folders = [out / "mamba2-echo-base-s0", out / "mamba2-echo-tbtt-s0"]
-    kept = ["checkpoint.pt", "metrics.jsonl", "settings.json"]
+    kept = ["checkpoint.pt", "metrics.jsonl"]
     before = [(folder / f).read_bytes() for folder in folders for f in kept]
     first = capsys.readouterr().out
 
@@ -249,8 +258,8 @@ def test_a_finished_run_is_found_and_not_repeated(out, monkeypatch, capsys):
     run("--intervention", "tbtt")
     assert before == [(folder / f).read_bytes() for folder in folders for f in kept]
     second = capsys.readouterr().out
-    table = [line for line in first.splitlines() if line.startswith(("text ", "echo "))]
-    assert table == [line for line in second.splitlines() if line.startswith(("text ", "echo "))]
+    table = [line for line in first.splitlines() if line.startswith(("base ", "TBTT "))]
+    assert table == [line for line in second.splitlines() if line.startswith(("base ", "TBTT "))]
     assert len(table) == 4
 
 
@@ -266,7 +275,7 @@ def test_another_run_in_the_folder_is_not_written_over(out, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             run(*options, steps=steps)
-    with pytest.raises(ValueError, match="base-s0 was made with T 8, not 10: choose another --out"):
+    with pytest.raises(ValueError, match="base-s0 holds a run with T 8, not 10: choose another --out"):
         run("--intervention", "zero", T=10)
     assert snapshot(out) == before
 
@@ -302,16 +311,6 @@ def test_weights_that_the_last_step_ruined_are_not_saved(out):
     assert not (out / "mamba2-echo-base-s0" / "checkpoint.pt").exists()
 
 
-def test_the_picture_shows_all_of_every_curve(monkeypatch):
-    figures = []
-    monkeypatch.setattr(train, "keep", lambda figure, path, title: figures.append(figure))
-    parts = {part: dict(loss=[1.0, top], count=[1, 1]) for part, top in (("text", 2.0), ("echo", 5.0))}
-    train.draw_position_wise({"base": dict(T=8, edges=[0, 8, 16], parts=parts)}, "a.png", "a")
-    for axis in figures[0].axes:
-        low, high = axis.get_ylim()
-        assert low == 0 and all(max(line.get_ydata()) < high for line in axis.lines[:1])
-
-
 def test_the_learning_rate_never_rises_after_its_peak():
     for peak in (1e-3, 1e-6):
         rates = [train.learning_rate(step, 100, peak) for step in range(10, 100)]
@@ -338,36 +337,36 @@ def command(monkeypatch, capsys, arguments):
         ("--task magic", "argument --task: invalid choice: 'magic'"),
         ("--carry half", "argument --carry: invalid choice: 'half'"),
         ("--magic", "unrecognized arguments: --magic"),
-        ("--T 0", "--T must be positive, got 0"),
-        ("--T -8", "--T must be positive, got -8"),
+        ("--T 0", "--T must lie between 1 and 10000000, got 0"),
+        ("--T -8", "--T must lie between 1 and 10000000, got -8"),
         ("--T eight", "argument --T: invalid int value: 'eight'"),
         ("--T 9", "echo needs an even T of at least 4, got 9"),
-        ("--steps 0", "--steps must be positive, got 0"),
-        ("--batch 0", "--batch must be positive, got 0"),
-        ("--accumulate -1", "--accumulate must be positive, got -1"),
-        ("--lr 0", "--lr must be positive, got 0.0"),
-        ("--lr nan", "--lr must be positive, got nan"),
-        ("--noise-std -1 --intervention zero", "--noise-std must be finite and not negative, got -1.0"),
-        ("--noise-std inf --intervention zero", "--noise-std must be finite and not negative, got inf"),
+        ("--steps 0", "--steps must lie between 1 and 100000000, got 0"),
+        ("--batch 0", "--batch must lie between 1 and 1000000, got 0"),
+        ("--accumulate -1", "--accumulate must lie between 1 and 1000000, got -1"),
+        ("--lr 0", "--lr must lie between 1e-30 and 1e+38, got 0.0"),
+        ("--lr nan", "--lr must lie between 1e-30 and 1e+38, got nan"),
+        ("--noise-std -1 --intervention zero", "--noise-std must lie between 0 and 1000000.0, got -1.0"),
+        ("--noise-std inf --intervention zero", "--noise-std must lie between 0 and 1000000.0, got inf"),
         ("--noise-std 2", "--noise-std needs an --intervention"),
         ("--carry scan", "--carry needs an --intervention"),
         ("--zero-prob 0.1", "--zero-prob needs an --intervention"),
-        ("--seed -1", "--seed must lie between 0 and 2**32, got -1"),
+        ("--seed -1", "--seed must lie between 0 and 4294967295, got -1"),
         ("--task babilong --T 40", "T is 40, too short for the stories of babilong"),
         ("--intervention zero --zero-prob 1.5", "--zero-prob must lie between 0 and 1, got 1.5"),
         ("--intervention zero --zero-prob nan", "--zero-prob must lie between 0 and 1, got nan"),
         ("--data nowhere.txt", "no text at 'nowhere.txt'"),
-        ("--data empty.txt", "the corpus is empty: no text in ['empty.txt']"),
+        ("--data empty.txt", "the corpus is empty: no text in empty.txt"),
         ("--data short.txt --task text", "the text has 10 tokens, shorter than the 257 that are needed"),
         ("--data short.txt", "the text has 10 tokens, shorter than the 24 that are needed"),
         ("--tokenizer magic", "unknown tokenizer 'magic'"),
-        ("--device magic", "device 'magic' cannot be used here"),
+        ("--device meta", "argument --device: invalid choice: 'meta'"),
         ("--out text.txt", "the folder 'text.txt' cannot be written to: File exists"),
         ("--out text.txt/below", "the folder 'text.txt/below' cannot be written to: Not a directory"),
         ("--out file", "the folder 'file/mamba2-echo-base-s0' cannot be written to: File exists"),
-        ("--out corrupt", "'corrupt/mamba2-echo-base-s0/checkpoint.pt' is not a checkpoint of train.py"),
+        ("--out corrupt", "corrupt/mamba2-echo-base-s0/checkpoint.pt cannot be read as a checkpoint"),
         ("--init nowhere --intervention zero", "no checkpoint at 'nowhere'"),
-        ("--init text.txt --intervention zero", "'text.txt' is not a checkpoint of train.py"),
+        ("--init text.txt --intervention zero", "text.txt cannot be read as a checkpoint of train.py"),
         ("--init nowhere", "--init needs an --intervention to go on with"),
     ],
 )
@@ -401,7 +400,9 @@ def test_a_base_of_another_model_or_tokenizer_is_refused(out):
     with pytest.raises(ValueError, match="is a mamba2, no gla: leave --model out"):
         run("--init", out / "mamba2-echo-base-s0", "--intervention", "zero", "--model", "gla")
     np.tile(np.array([0, 300], dtype=np.uint16), 500).tofile("a.bin")
-    with pytest.raises(ValueError, match=r"a.bin has a token 300, which is outside the vocabulary of 256"):
+    with pytest.raises(
+        ValueError, match=r"a.bin cannot be read .*a token 300, which is outside the vocabulary of 256"
+    ):
         init = out / "mamba2-echo-base-s0"
         train.main(f"--data a.bin --intervention zero --init {init} --out {out}/b".split())
 
@@ -410,14 +411,14 @@ def test_a_base_of_another_model_or_tokenizer_is_refused(out):
 # Several ranks
 
 TWO_RANKS = """
-import functools, sys
+import sys
 import pytest, torch, torch.distributed as dist
 import lengthgen as lg, train
-from test_train import Stopped, stop_after
+from test_train import Stopped, stop_after, two_rows
 
-lg.position_wise = functools.partial(lg.position_wise, rows=2)
+lg.position_wise = two_rows(lg.position_wise)
 train.PRETRAIN["steps"] = 3
-train.TINY["mamba2"] = dict(d_model=8, n_layer=2, d_state=4, headdim=8)
+train.TINY_MODELS["mamba2"] = dict(d_model=8, n_layer=2, d_state=4, headdim=8)
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 run = "--data text.txt --task text --T 8 --batch 2 --steps 4 --lr 1e-3 --intervention fitted_noise"
 train.PRETRAIN["lr"] = 1e-3
@@ -485,7 +486,7 @@ def test_two_ranks_train_on_the_mean_of_their_gradients_share_statistics_and_go_
     a, b = (lg.load_checkpoint(f"{x}/mamba2-text-fitted_noise-s0") for x in "ab")
     first, second = a["ranks"]
     assert same(first["stats"], second["stats"])
-    assert not same(first["rows"], second["rows"]) and not same(first["state"], second["state"])
+    assert not same(first["rows"], second["rows"]) and not same(first["states"], second["states"])
     # and a stop changes no bit
     for key in ("step", "model", "optimizer", "ranks"):
         assert same(a[key], b[key]), key
@@ -494,3 +495,88 @@ def test_two_ranks_train_on_the_mean_of_their_gradients_share_statistics_and_go_
     with pytest.raises(ValueError, match="holds a run with ranks 2, not 1"):
         options = "--task text --T 8 --batch 2 --steps 4 --lr 1e-3 --intervention fitted_noise --out a"
         train.main(["--data", "text.txt", *options.split()])
+
+
+# --------------------------------------------------------------------------------------------------
+# It is stopped, run twice, runs out of disk
+
+
+def start(*options, **environment):
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--data",
+        "text.txt",
+        "--T",
+        "8",
+        "--batch",
+        "2",
+        *options,
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step_in_work_and_the_run_goes_on_from_there(number, out):
+    child = start("--steps", "100000")
+    metrics_file = out / "mamba2-echo-base-s0" / "metrics.jsonl"
+    while not (metrics_file.exists() and metrics_file.read_text().count("\n") >= 3):
+        assert child.poll() is None, child.stdout.read()
+        time.sleep(0.05)
+    child.send_signal(number)
+    printed, _ = child.communicate(timeout=60)
+    assert child.returncode == 128 + number and "Traceback" not in printed
+    step = lg.load_checkpoint(out / "mamba2-echo-base-s0")["step"]
+    assert step == len(metrics(out / "mamba2-echo-base-s0")) >= 3
+    assert f"stopped after step {step}: the same command goes on from there" in printed
+
+
+SMALL = "import sys, train; train.PRETRAIN['steps'] = 300; train.main(sys.argv[1:])"
+
+
+def test_two_processes_that_need_the_same_base_train_it_once(out):
+    options = "--data text.txt --T 8 --batch 2 --steps 3 --intervention".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    children = []
+    for name in ("zero", "tbtt"):
+        command = [sys.executable, "-c", SMALL, *options, name]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+    printed = [child.communicate(timeout=300)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert [line["step"] for line in metrics(out / "mamba2-echo-base-s0")] == list(range(1, 301))
+    assert sum("another process trains here, waiting" in text for text in printed) == 1
+
+
+def test_lines_of_metrics_that_are_torn_or_no_text_are_left_out(out, tmp_path):
+    lines = [
+        b'{"step": 1, "loss": 2}\n',
+        b'{"step": 2, "lo',
+        b"\xff\xfe\n",
+        b"[3]\n",
+        b'{"step": 3}\n',
+        b'{"step": 9}\n',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    train.start_metrics(str(tmp_path), 3)
+    assert metrics(tmp_path) == [dict(step=1, loss=2), dict(step=3)]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("file write failed\nmore")]
+)
+def test_a_full_disk_is_one_sentence_with_the_file_and_leaves_nothing(error, tmp_path):
+    def write(temporary):
+        pathlib.Path(temporary).write_text("half of")
+        raise error
+
+    (tmp_path / "checkpoint.pt").write_text("the old one")
+    with pytest.raises(
+        ValueError, match=r"checkpoint.pt cannot be written: .*(No space|write failed)"
+    ) as caught:
+        lg.write_atomically(str(tmp_path / "checkpoint.pt"), write)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert (tmp_path / "checkpoint.pt").read_text() == "the old one"

@@ -1,0 +1,206 @@
+"""Rows read the text as they say, tasks are their pictures."""
+
+import numpy as np
+import pytest
+import torch
+
+import lengthgen as lg
+
+BOS, SEP = 256, 257  # of the byte tokenizer
+
+
+def small(text="0123456789" * 10):
+    tokens = np.array([BOS, *text.encode()], dtype=np.uint16)
+    return lg.Corpus("small", tokens, tokens, 256)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_rows_wrap_around_at_the_end_of_the_text():
+    rows = lg.Rows(small("abcdefghi"), "train", 1, True, seed=0)  # 10 tokens with <bos>
+    rows.at = np.array([4])
+    taken = [rows.next_batch(4, overlap=1)[0].tolist() for _ in range(4)]
+    text = [BOS, *b"abcdefghi"]
+    assert taken == [text[4:8], text[0:4], text[3:7], text[6:10]]
+
+
+def test_rows_reach_every_place_of_the_text_and_no_other():
+    rows = lg.Rows(small("abcdefghi"), "train", 500, False, seed=0)
+    firsts = rows.next_batch(4)[:, 0]
+    assert set(firsts.tolist()) == {BOS, *b"abcdef"}
+    assert not np.array_equal(firsts, rows.next_batch(4)[:, 0])  # and draws anew each time
+    assert lg.Rows(small("abc"), "train", 2, False, seed=0).next_batch(4).tolist() == [[BOS, *b"abc"]] * 2
+
+
+def test_rows_of_a_text_that_is_too_short_say_so():
+    with pytest.raises(ValueError, match="the text has 4 tokens, shorter than the 5 that are needed"):
+        lg.Rows(small("abc"), "train", 2, False, seed=0).next_batch(5)
+
+
+def test_pieces_inside_documents_cross_no_boundary_from_any_place():
+    """From each place: the next n tokens without a boundary, found by trying place after place."""
+    tokens = np.array([BOS, 1, 2, BOS, BOS, 3, 4, 5, 6, BOS, 7, BOS, 8, 9, 10, BOS])
+    corpus = lg.Corpus("documents", tokens, tokens, 256)
+    for n in (1, 2, 3, 4):
+        for place in range(len(tokens)):
+            rows = lg.Rows(corpus, "train", 1, True, seed=0)
+            rows.at = np.array([place])
+            taken = rows.next_batch(n, inside_document=True)[0].tolist()
+            for at in [*range(place, len(tokens)), *range(place)]:
+                wanted = tokens[at : at + n].tolist()
+                if len(wanted) == n and BOS not in wanted:
+                    break
+            assert taken == wanted and rows.at[0] == at + n
+    with pytest.raises(ValueError, match="no document of the text has the 5 tokens that are needed"):
+        lg.Rows(corpus, "train", 3, True, seed=0).next_batch(5, inside_document=True)
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("task", ["text", "echo", "mixed", "copy"])
+def test_rows_go_on_from_their_saved_state_bit_for_bit(task, continues):
+    function, T = lg.TASKS[task][0], 64
+    rows = lg.Rows(small("0123456789" * 50), "train", 3, continues, seed=0)
+    function(rows, T)
+    saved = rows.state_dict()
+    wanted = [function(rows, T) for _ in range(3)]
+    other = lg.Rows(small("0123456789" * 50), "train", 3, continues, seed=1)
+    other.load_state_dict(saved)
+    for (tokens, part), (other_tokens, other_part) in zip(
+        wanted, [function(other, T) for _ in range(3)], strict=True
+    ):
+        assert np.array_equal(tokens, other_tokens) and np.array_equal(part, other_part)
+
+
+def test_rows_that_have_not_started_can_be_saved():
+    rows, other = (lg.Rows(small(), "train", 3, True, seed=seed) for seed in (0, 1))
+    other.load_state_dict(rows.state_dict())
+    assert np.array_equal(rows.next_batch(5), other.next_batch(5))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tasks: windows are the pictures in their docstrings
+
+
+def window(task, T, text, continues=True, at=1, B=1):
+    rows = lg.Rows(small(text), "train", B, continues, seed=0)
+    rows.at = np.full(B, at)
+    tokens, part = task(rows, T)
+    assert tokens.shape == (B, T + 1) and part.shape == (B, T) and tokens.dtype == np.int64
+    names = {BOS: "<bos>", SEP: "<sep>"}
+    return [names.get(t) or chr(t) for t in tokens[0]], part[0].tolist(), rows
+
+
+def test_text_is_a_window_of_text():
+    tokens, part, _ = window(lg.text, 9, "import os and more")
+    assert "".join(tokens) == "import os " and part == [1] * 9
+
+
+def test_echo_is_its_picture():
+    tokens, part, _ = window(lg.echo, 8, "abcdefghijkl", at=4)
+    assert tokens[:-1] == "<bos> d e f <sep> d e f".split()
+    assert tokens[1:] == "d e f <sep> d e f <bos>".split()
+    assert part == [1, 1, 1, 0, 2, 2, 2, 0]
+
+
+@pytest.mark.parametrize("T", [-2, 0, 2, 3, 51])
+def test_echo_needs_an_even_length(T):
+    with pytest.raises(ValueError, match=f"echo needs an even T of at least 4, got {T}"):
+        window(lg.echo, T, "abcdefghijkl")
+
+
+def test_half_of_the_rows_of_mixed_are_echo_and_the_others_text_that_begins_anywhere():
+    text = "".join(chr(33 + i % 90) for i in range(900))
+    rows = lg.Rows(small(text), "train", 2000, False, seed=0)
+    tokens, part = lg.mixed(rows, 32)
+    is_echo = tokens[:, 16] == SEP
+    assert abs(is_echo.mean() - lg.ECHO_SHARE) < 5 * (0.25 / 2000) ** 0.5
+    assert (tokens[is_echo][:, [0, -1]] == BOS).all()
+    assert (tokens[is_echo, 1:16] == tokens[is_echo, 17:32]).all()
+    assert (part[is_echo] == np.repeat([1, 0, 2, 0], [15, 1, 15, 1])).all()
+    assert (part[~is_echo] == 1).all()
+    places = [text.find("".join(map(chr, row))) for row in tokens[~is_echo] if row[0] != BOS]
+    assert min(places) >= 0 and len(set(np.array(places) % 90)) == 90  # contiguous, from everywhere
+
+
+def test_rows_of_mixed_that_continue_go_on_after_what_they_have_read():
+    corpus = lg.Corpus("numbers", np.arange(10_000), np.arange(10_000), 20_000)
+    rows = lg.Rows(corpus, "train", 8, True, seed=0)
+    rows.at = torch.arange(8) * 100
+    expected, kinds = np.arange(8) * 100, set()
+    for _ in range(30):
+        tokens, _ = lg.mixed(rows, 10)  # passages of 4
+        is_echo = tokens[:, 5] == corpus.sep
+        assert (np.where(is_echo, tokens[:, 1], tokens[:, 0]) == expected).all()
+        expected = np.where(
+            is_echo, expected + 4, expected + 10
+        )  # the last token of a window is the next first
+        kinds |= set(is_echo.tolist())
+    assert kinds == {True, False}
+
+
+def test_copy_is_its_picture_to_the_letter():
+    """$, 5 to 20 uniform lower-case letters, |, the same letters, a stop; the loss is on copy and stop."""
+    rows = lg.Rows(small(), "train", 300, False, seed=0)
+    tokens, part = lg.copy(rows, 200)
+    lengths, letters = [], []
+    for row, row_part in zip(tokens, part, strict=True):
+        line = "".join(map(chr, row))
+        assert line[-1] == "$"  # opens the next window
+        t = 0
+        while t < 200:
+            assert line[t] == "$"
+            end = min(line.find("|", t) if "|" in line[t:200] else 200, 200)
+            string = line[t + 1 : end]
+            episode = f"${string}|{string}."
+            assert line[t:200].startswith(episode) or episode.startswith(line[t:200])
+            wanted = [0] * (len(string) + 1) + [1] * (len(string) + 1) + [0]
+            stop = min(t + len(wanted), 199)
+            assert row_part[t:stop].tolist() == wanted[: stop - t]
+            if line[t:200].startswith(episode):
+                lengths.append(len(string))
+                letters += string
+            t += len(episode)
+        assert row_part[199] == 0
+    assert set(lengths) == set(range(5, 21))
+    assert set(letters) == set("abcdefghijklmnopqrstuvwxyz")
+    counts = np.unique(letters, return_counts=True)[1]
+    assert counts.max() < 1.2 * counts.min()  # uniform: some 1500 of each, five standard errors are 13 %
+
+
+def test_copy_needs_room_for_the_longest_string():
+    with pytest.raises(ValueError, match="copy needs a T of at least 43, the longest string twice, got 42"):
+        window(lg.copy, 42, "abc")
+    assert all(lg.copy(lg.Rows(small(), "train", 1, True, seed=s), 43)[1].any() for s in range(200))
+
+
+@pytest.mark.parametrize("name", ["text", "echo"])
+def test_windows_join_into_one_stream(name):
+    """Every window but the last loses its last token, which opens the next one; its target is still there."""
+    function, T = lg.TASKS[name][0], 32
+    text = "".join(chr(33 + i % 90) for i in range(700))
+    tokens, part = lg.stream(function, lg.Rows(small(text), "train", 3, True, seed=0), T, 5)
+    assert tokens.shape == (3, 5 * T + 1) and part.shape == (3, 5 * T)
+    rows = lg.Rows(small(text), "train", 3, True, seed=0)
+    for i in range(5):
+        window_tokens, window_part = function(rows, T)
+        assert np.array_equal(tokens[:, i * T : (i + 1) * T + 1], window_tokens)
+        assert np.array_equal(part[:, i * T : (i + 1) * T], window_part)
+
+
+def test_a_stream_of_text_is_the_text():
+    text = "Loss by position, streamed from a zero state on held-out text."
+    rows = lg.Rows(small(text), "train", 2, True, seed=0)
+    rows.at = np.array([1, 11])
+    tokens, _ = lg.stream(lg.text, rows, 7, 6)
+    assert [bytes(row.tolist()).decode() for row in tokens] == [text[:43], text[10:53]]
+
+
+@pytest.mark.parametrize("name", lg.TASKS)
+def test_defaults_fit_their_tasks_and_parts_are_named(name):
+    function, T, parts = lg.TASKS[name]
+    tokens, part = function(lg.Rows(small("0123456789" * 100), "train", 4, False, seed=0), T)
+    assert tokens.shape == (4, T + 1)
+    assert set(np.unique(part)) - {0} == set(range(1, len(parts) + 1))
+    assert torch.from_numpy(tokens).max() < 258
