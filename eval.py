@@ -96,8 +96,8 @@ def draw_panels(panels, path, title):
         if "(T)" in panel.xlabel:  # places in multiples of T, with a dotted line at T
             axis.axvline(1, linestyle=":", color="black", linewidth=1)
             axis.text(1, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_xscale("log", base=4)
+            axis.xaxis.set_major_formatter("{x:.3g}")
         axis.set_title(panel.title, fontsize=10)
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
@@ -169,15 +169,16 @@ def measure_gap(model, task, corpus, T, rows, windows):
 
 
 def measure_state(model, task, corpus, T, rows, windows):
-    """lengthgen.state_std on streams of echo."""
+    """How much lengthgen.state_std grows from T on, on streams of echo."""
     at = [T // 2, T]
     while 2 * at[-1] <= windows * T:
         at.append(2 * at[-1])
     tokens, _ = lg.stream(lg.echo, lg.Rows(corpus, "val", rows, True, 0), T, windows)
     full, layers, _ = lg.state_std(model, tokens, at)
-    measured = {"x": [position / T for position in at], "the full state": full.tolist()}
+    at_T = at.index(T)
+    measured = {"x": [position / T for position in at], "the full state": (full / full[at_T]).tolist()}
     for i, layer in enumerate(layers.T):
-        measured[f"layer {i}"] = layer.tolist()
+        measured[f"layer {i}"] = (layer / layer[at_T]).tolist()
     return measured
 
 
@@ -277,7 +278,7 @@ MEASURES = {  # name: (function, how much it measures, the labels of the axes); 
     "interventions": (lg.position_wise, dict(rows=256, windows=64), AT, LOSS),
     "text": (measure_text, dict(rows=128, windows=64), AT, LOSS),
     "gap": (measure_gap, dict(rows=128, windows=64), AT, "paired gap (nats per token)"),
-    "state": (measure_state, dict(rows=64, windows=64), "t (T)", "std of the state"),
+    "state": (measure_state, dict(rows=64, windows=64), "t (T)", "std over that at T"),
     "effrem": (measure_effrem, dict(rows=64), "t: tokens left out (T)", "EffRem(t), total variation"),
     "retention": (measure_retention, dict(rows=256), "head, sorted", "share of the state"),
     "minus": (
@@ -312,7 +313,7 @@ FIGURES = {  # name: (title, experiment of PLAN, what is drawn: (measure, task, 
     "poswise": ("Loss by position far beyond T", "echo", [("poswise", "echo", MAIN)]),
     "interventions": ("The interventions on the initial state", "echo", [("interventions", "echo", ALL)]),
     "text": ("Streams of pure text", "mixed", [("text", "mixed", [*COLOURS]), ("gap", "mixed", [*COLOURS])]),
-    "state": ("Std of the state over time", "echo", [("state", "echo", PAIR)]),
+    "state": ("The std of the state, over that at T", "echo", [("state", "echo", PAIR)]),
     "forgetting": ("Why not simply forget faster?", "echo", [(measure, "echo", PAIR) for measure in FAST]),
     "effrem": ("Effective remembrance at 4 T", "echo", [("effrem", "echo", MAIN)]),
     "copying": ("Copying random letters", "copy", [("packed", "copy", MAIN)]),
