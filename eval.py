@@ -102,7 +102,7 @@ def draw_panels(panels, path, title):
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
-    axes[len(panels) - 1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[columns - 1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     # white, which reads on light and dark pages alike
