@@ -724,12 +724,12 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    make_folder(args.out)
     # one given checkpoint
     given = {"sample": sample, "poswise": given_poswise, "babilong": given_babilong}
     if args.init is not None or "sample" in args.what:
         if args.init is None or len(args.what) != 1 or args.what[0] not in given:
             raise ValueError(f"--init RUN goes with one of {', '.join(given)}, got {' '.join(args.what)!r}")
+        make_folder(args.out)
         given[args.what[0]](args)
         return
 
@@ -738,6 +738,7 @@ def main(argv=None):
     seeds = range(args.seeds)
     names = [name for name in args.what if name in FIGURES]
     if "reproduce" in args.what:
+        make_folder(args.out)
         reproduce(names or list(FIGURES), args, seeds, device)
         return
     for name in names or FIGURES:

@@ -1666,14 +1666,13 @@ def export_model(model, folder, format=None, dtype=None):
         config = replace(config, vocab_size=len(model.lm_head.weight))
         weights = {name.replace(".embedding.", ".embeddings."): x for name, x in weights.items()}
     settings = export_settings(config, kinds[format], dtype)
+    text = json.dumps(settings, indent=2) + "\n"
     try:
-        file = os.path.join(folder, WEIGHTS[-1])
         os.makedirs(folder, exist_ok=True)
-        torch.save(weights, f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
-        Path(folder, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    except (OSError, RuntimeError) as error:  # torch.save: RuntimeError
+    except OSError as error:
         raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
+    write_atomically(os.path.join(folder, WEIGHTS[-1]), functools.partial(torch.save, weights))
+    write_atomically(os.path.join(folder, "config.json"), lambda temporary: Path(temporary).write_text(text))
 
 
 def export_settings(config, kind, dtype):
