@@ -437,7 +437,7 @@ PLAN = {  # experiment: command lines in the order of dependence; {base} is the 
         "--task echo --intervention {each}",  # a line for each of INTERVENTIONS
         "--task echo --intervention state_passing --carry scan",
     ],
-    "mixed": ["--task mixed --steps 2000 --lr 5e-3", "--task mixed --intervention {each}"],
+    "mixed": ["--task mixed --intervention {each}"],
     "copy": [  # not pre-trained for longer, because the base then learns by itself to drop the string before
         "--task copy --T 44 --steps 1000",
         "--task copy --T 44 --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention zero",
