@@ -80,7 +80,9 @@ def draw_panels(panels, path, title):
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.remove()
-    for axis, panel in zip(axes, panels, strict=False):
+    in_legend = None
+    for i, panel in enumerate(panels):
+        axis = axes[i]
         # base and control are solid, cures are dashed, and dotted where only half of the state is carried
         for label, (x, values) in panel.curves.items():
             style = "--"
@@ -102,7 +104,12 @@ def draw_panels(panels, path, title):
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
-    axes[columns - 1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+        # one legend for all panels that show the same runs
+        is_last = i + 1 in (columns, len(panels)) or panels[i + 1].curves.keys() != panel.curves.keys()
+        if is_last and panel.curves.keys() != in_legend:
+            axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            in_legend = panel.curves.keys()
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     # white, which reads on light and dark pages alike
@@ -125,23 +132,22 @@ def print_row(name, values, form):
     print(f"{name:26}" + "".join(f"{value:7{form}}" for value in values), flush=True)
 
 
-def print_verdict(panel):
+def print_verdict(panels):
     """Say for each curve of loss against position whether it holds past T, if it goes beyond."""
     print()
-    for label, (x, values) in panel.curves.items():
-        if x[-1] == 1:
-            continue
-        loss = np.mean(values, 0)
-        inside = loss[x.index(1)]
-        worst = loss[x.index(1) + 1 :].max() - inside
-        verdict = "breaks past T"
-        if worst < 0.5:
-            verdict = "gets worse past T"
-        if worst < 0.1:
-            verdict = f"holds to {x[-1]:g} T"
-        print(
-            f"{pretty(label)}: {panel.title} loss {inside:.2f} in T, at worst {worst:+.2f} beyond: {verdict}"
-        )
+    for panel in panels:
+        for label, (x, values) in panel.curves.items():
+            loss = np.mean(values, 0)
+            if x[-1] > 1:
+                inside = loss[x.index(1)]
+                worst = loss[x.index(1) + 1 :].max() - inside
+                verdict = "breaks past T"
+                if worst < 0.5:
+                    verdict = "gets worse past T"
+                if worst < 0.1:
+                    verdict = f"holds to {x[-1]:g} T"
+                line = f"{panel.title} loss {inside:.2f} in T, at worst {worst:+.2f} beyond: {verdict}"
+                print(f"{pretty(label)}: {line}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,14 +155,14 @@ def print_verdict(panel):
 # and lists of as many values, each of which becomes a panel of that title.
 
 
-def measure_text(model, task, corpus, T, rows, windows):
+def measure_text(model, task, corpus, T, B, windows):
     """Loss by position on streams of pure text, whatever the model was trained on."""
-    return lg.position_wise(model, "text", corpus, T, windows, rows)
+    return lg.position_wise(model, "text", corpus, T, B, windows)
 
 
-def measure_gap(model, task, corpus, T, rows, windows):
+def measure_gap(model, task, corpus, T, B, windows):
     """lengthgen.paired_gap of plain text, as means over ranges of blocks that double in length."""
-    tokens, _ = lg.stream(lg.text, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    tokens, _ = lg.stream(lg.text, lg.Rows(corpus, "val", B, True, 0), T, windows)
     gap = lg.paired_gap(model, tokens, T)
     ends = []
     means = []
@@ -168,12 +174,12 @@ def measure_gap(model, task, corpus, T, rows, windows):
     return {"x": ends, "the same text after the whole past, minus after T": means}
 
 
-def measure_state(model, task, corpus, T, rows, windows):
+def measure_state(model, task, corpus, T, B, windows):
     """How much lengthgen.state_std grows from T on, on streams of echo."""
     at = [T // 2, T]
     while 2 * at[-1] <= windows * T:
         at.append(2 * at[-1])
-    tokens, _ = lg.stream(lg.echo, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    tokens, _ = lg.stream(lg.echo, lg.Rows(corpus, "val", B, True, 0), T, windows)
     full, layers, _ = lg.state_std(model, tokens, at)
     at_T = at.index(T)
     measured = {"x": [position / T for position in at], "the full state": (full / full[at_T]).tolist()}
@@ -182,9 +188,9 @@ def measure_state(model, task, corpus, T, rows, windows):
     return measured
 
 
-def measure_retention(model, task, corpus, T, rows):
+def measure_retention(model, task, corpus, T, B):
     """How much of its state each head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted."""
-    tokens, _ = lg.echo(lg.Rows(corpus, "val", rows, True, 0), T)
+    tokens, _ = lg.echo(lg.Rows(corpus, "val", B, True, 0), T)
     kept = []
     for log_a in lg.decays(model, tokens[:, :-1]):
         share = log_a.sum(1).exp().mean(0)  # (H,), or (H, K) with one decay per key channel
@@ -192,40 +198,40 @@ def measure_retention(model, task, corpus, T, rows):
     return {"x": list(range(1, len(kept) + 1)), "what heads keep over T": sorted(kept)}
 
 
-def measure_minus(model, task, corpus, T, rows, windows, amounts):
+def measure_minus(model, task, corpus, T, B, windows, amounts):
     """Loss beyond 4 T when a model forgets faster without training, by log_a minus d."""
-    return measure_changed(model, corpus, T, rows, windows, amounts, torch.sub)
+    return measure_changed(model, corpus, T, B, windows, amounts, torch.sub)
 
 
-def measure_times(model, task, corpus, T, rows, windows, amounts):
+def measure_times(model, task, corpus, T, B, windows, amounts):
     """Loss beyond 4 T when a model forgets faster without training, by log_a times c."""
-    return measure_changed(model, corpus, T, rows, windows, amounts, torch.mul)
+    return measure_changed(model, corpus, T, B, windows, amounts, torch.mul)
 
 
-def measure_changed(model, corpus, T, rows, windows, amounts, operation):
+def measure_changed(model, corpus, T, B, windows, amounts, operation):
     """Loss beyond 4 T on streams of echo, with operation(log_a, amount) in the place of log_a."""
-    tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", B, True, 0), T, windows)
     bins = np.where(np.arange(T * windows) < 4 * T, -1, part - 1)  # 0 is text, 1 is echo
     text_losses = []
     echo_losses = []
     for amount in amounts:
         with lg.changed_decay(model, functools.partial(operation, other=amount)):
-            total, count = lg.streaming_loss(model, tokens, bins, lg.segment_for(rows))
+            total, count = lg.streaming_loss(model, tokens, bins, lg.segment_for(B))
         text_loss, echo_loss = (total / count).tolist()
         text_losses.append(text_loss)
         echo_losses.append(echo_loss)
     return {"x": amounts, "text": text_losses, "echo": echo_losses}
 
 
-def measure_effrem(model, task, corpus, T, rows):
+def measure_effrem(model, task, corpus, T, B):
     """The mean of lengthgen.effective_remembrance over the predictions of each part of an episode of echo."""
-    starts = [1, *(T * i // 8 for i in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32))]
-    tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", rows, True, 0), T, 5)
+    starts = sorted({1, *(T * i // 8 for i in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32))} - {0})
+    tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", B, True, 0), T, 5)
     # a few rows at a time, because every suffix is one more row of the batch
     distances = []
-    for row_tokens in np.split(tokens[:, :-1], rows // 16):
+    for row_tokens in np.split(tokens[:, :-1], range(16, B, 16)):
         distances.append(lg.effective_remembrance(model, row_tokens, starts, 4 * T))
-    distance = torch.cat(distances, dim=1)  # (starts, rows, T)
+    distance = torch.cat(distances, dim=1)  # (starts, B, T)
     is_text = torch.from_numpy(part[:, 4 * T :] == 1)
     is_echo = torch.from_numpy(part[:, 4 * T :] == 2)
     measured = {"x": [start / T for start in starts]}
@@ -234,32 +240,32 @@ def measure_effrem(model, task, corpus, T, rows):
     return measured
 
 
-def measure_packed(model, task, corpus, T, rows, windows):
+def measure_packed(model, task, corpus, T, B, windows):
     """The mean of lengthgen.accuracy in each window of a stream of packed strings."""
-    tokens, part = lg.stream(lg.copy, lg.Rows(corpus, "val", rows, True, 0), T, windows)
+    tokens, part = lg.stream(lg.copy, lg.Rows(corpus, "val", B, True, 0), T, windows)
     right = lg.accuracy(model, tokens, part).unflatten(1, (windows, T))
     return {"x": list(range(1, windows + 1)), "packed strings": right.nanmean((0, 2)).tolist()}
 
 
-def measure_passkey(model, task, corpus, T, rows, lengths):
+def measure_passkey(model, task, corpus, T, B, lengths):
     """The share of windows whose five digits come first in the greedy continuation."""
     measured = {"x": lengths}
     for depth in (0.1, 0.5, 0.9):
         shares = []
         for length in lengths:
-            tokens, part = lg.passkey(lg.Rows(corpus, "val", rows, False, 0), T * length, depth)
+            tokens, part = lg.passkey(lg.Rows(corpus, "val", B, False, 0), T * length, depth)
             shares.append(exact_match(model, tokens, part == 2))
         measured[f"key at depth {depth}"] = shares
     return measured
 
 
-def measure_babilong(model, task, corpus, T, rows, lengths):
+def measure_babilong(model, task, corpus, T, B, lengths):
     """The share of our own stories whose question is answered in the very words."""
     measured = {"x": lengths}
     for qa, title in ((1, "qa1: where is Mary?"), (2, "qa2: where is the milk?")):
         shares = []
         for length in lengths:
-            tokens, part = lg.babilong(lg.Rows(corpus, "val", rows, False, 0), T * length, qa)
+            tokens, part = lg.babilong(lg.Rows(corpus, "val", B, False, 0), T * length, qa)
             shares.append(exact_match(model, tokens, part))
         measured[title] = shares
     return measured
@@ -273,46 +279,51 @@ def exact_match(model, tokens, asked):
 
 AT = "position (T)"
 LOSS = "loss (nats per token)"
-MEASURES = {  # name: (function, how much it measures, the labels of the axes); rows are streams or windows
-    "poswise": (lg.position_wise, dict(rows=64, windows=256), AT, LOSS),
-    "interventions": (lg.position_wise, dict(rows=256, windows=64), AT, LOSS),
-    "text": (measure_text, dict(rows=128, windows=64), AT, LOSS),
-    "gap": (measure_gap, dict(rows=128, windows=64), AT, "paired gap (nats per token)"),
-    "state": (measure_state, dict(rows=64, windows=64), "t (T)", "std over that at T"),
-    "effrem": (measure_effrem, dict(rows=64), "t: tokens left out (T)", "EffRem(t), total variation"),
-    "retention": (measure_retention, dict(rows=256), "head, sorted", "share of the state"),
+MEASURES = {  # name: (function, how much it measures, the labels of the axes); B streams or windows
+    "poswise": (lg.position_wise, dict(B=64, windows=256), AT, LOSS),
+    "interventions": (lg.position_wise, dict(B=256, windows=64), AT, LOSS),
+    "text": (measure_text, dict(B=128, windows=64), AT, LOSS),
+    "gap": (measure_gap, dict(B=128, windows=64), AT, "paired gap (nats per token)"),
+    "state": (measure_state, dict(B=64, windows=64), "t (T)", "std over that at T"),
+    "effrem": (measure_effrem, dict(B=64), "t: tokens left out (T)", "EffRem(t), total variation"),
+    "retention": (measure_retention, dict(B=256), "head, sorted", "share of the state"),
     "minus": (
         measure_minus,
-        dict(rows=32, windows=64, amounts=[0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]),
+        dict(B=32, windows=64, amounts=[0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]),
         "d: log_a minus d",
         "loss beyond 4 T (nats)",
     ),
     "times": (
         measure_times,
-        dict(rows=32, windows=64, amounts=[1, 1.5, 2, 3, 5, 8, 12]),
+        dict(B=32, windows=64, amounts=[1, 1.5, 2, 3, 5, 8, 12]),
         "c: log_a times c",
         "loss beyond 4 T (nats)",
     ),
-    "packed": (measure_packed, dict(rows=256, windows=4), AT, "accuracy"),
-    "passkey": (
-        measure_passkey,
-        dict(rows=16, lengths=[1, 2, 4, 8, 16, 32, 64, 128]),
-        "length (T)",
-        "accuracy",
-    ),
-    "babilong": (measure_babilong, dict(rows=64, lengths=[1, 2, 4, 8, 16]), "length (T)", "accuracy"),
+    "packed": (measure_packed, dict(B=256, windows=4), AT, "accuracy"),
+    "passkey": (measure_passkey, dict(B=16, lengths=[1, 2, 4, 8, 16, 32, 64, 128]), "length (T)", "accuracy"),
+    "babilong": (measure_babilong, dict(B=64, lengths=[1, 2, 4, 8, 16]), "length (T)", "accuracy"),
 }
 PAIR = ["base", "state_passing"]
 MAIN = ["base", "zero", "state_passing", "tbtt"]
 ALL = [*COLOURS, "state_passing-scan"]
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
+TRAINED = {  # steps of 3,200 tokens
+    "1.5M tokens": "steps460/base",
+    "2.9M tokens": "steps920/base",
+    "5.9M tokens": "base",
+    "11.8M tokens": "steps3680/base",
+}
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
 FAST = ["retention", "minus", "times"]
 FIGURES = {  # name: (title, experiment of PLAN, what is drawn: (measure, task, labels or {label: run}))
     "poswise": ("Loss by position far beyond T", "echo", [("poswise", "echo", MAIN)]),
     "interventions": ("The interventions on the initial state", "echo", [("interventions", "echo", ALL)]),
-    "text": ("Streams of pure text", "mixed", [("text", "mixed", [*COLOURS]), ("gap", "mixed", [*COLOURS])]),
+    "text": (
+        "Streams of pure text",
+        "mixed",
+        [("text", "mixed", [*COLOURS]), ("gap", "mixed", [*COLOURS]), ("gap", "mixed", TRAINED)],
+    ),
     "state": ("The std of the state, over that at T", "echo", [("state", "echo", PAIR)]),
     "forgetting": ("Why not simply forget faster?", "echo", [(measure, "echo", PAIR) for measure in FAST]),
     "effrem": ("Effective remembrance at 4 T", "echo", [("effrem", "echo", MAIN)]),
@@ -437,7 +448,12 @@ PLAN = {  # experiment: command lines in the order of dependence; {base} is the 
         "--task echo --intervention {each}",  # a line for each of INTERVENTIONS
         "--task echo --intervention state_passing --carry scan",
     ],
-    "mixed": ["--task mixed --intervention {each}"],
+    "mixed": [
+        "--task mixed --intervention {each}",
+        "--task mixed --steps 460 --out {out}/steps460",
+        "--task mixed --steps 920 --out {out}/steps920",
+        "--task mixed --steps 3680 --out {out}/steps3680",
+    ],
     "copy": [  # not pre-trained for longer, because the base then learns by itself to drop the string before
         "--task copy --T 44 --steps 1000",
         "--task copy --T 44 --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention zero",
@@ -535,10 +551,10 @@ def given_poswise(args):
     corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
     check_vocabulary(model, corpus, args.init)
     progress = Progress("loss by position")
-    measured = lg.position_wise(model, task, corpus, T, args.windows, args.rows, progress=progress)
-    panels = panels_of("poswise", {"base": [measured]})
+    measured = lg.position_wise(model, task, corpus, T, args.rows, args.windows, progress=progress)
+    panels = panels_of("poswise", {base_name(args.init): [measured]})
     print_panels(panels)
-    print_verdict(panels[0])
+    print_verdict(panels)
     path = os.path.join(args.out, f"poswise-{base_name(args.init)}")
     draw_panels(panels, f"{path}.png", f"{args.init} on {task}, trained on T = {T} tokens")
     write_json(f"{path}.json", dict(measured, T=T, command=shlex.join(sys.argv)))

@@ -3,7 +3,8 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in (0, 1]
 
     B  batch       G  groups: head h reads q, k of group h*G//H       K  key size of a head (Mamba-2: d_state)
-    T  length      H  heads      L  steps of a chunk                  V  value size (Mamba-2: headdim)
+    T  length      H  heads      J  heads of a group, H/G             V  value size (Mamba-2: headdim)
+    L  steps of a chunk
 
     q, k    (B, T, G, K)                v  (B, T, H, V)
     log_a   (B, T, H)    one decay per head (Mamba-2), or
@@ -102,11 +103,11 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         q = q.repeat_interleave(H // G, dim=2)
         k = k.repeat_interleave(H // G, dim=2)
         G = H
-    R = H // G  # heads of a group
-    v = v.unflatten(2, (G, R))  # (B, T, G, R, V)
-    S = S.unflatten(1, (G, R)).transpose(2, 3)  # (B, G, K, R, V)
+    J = H // G  # heads of a group
+    v = v.unflatten(2, (G, J))  # (B, T, G, J, V)
+    S = S.unflatten(1, (G, J)).transpose(2, 3)  # (B, G, K, J, V)
     if not per_channel:
-        log_a = log_a.unflatten(2, (G, R))  # (B, T, G, R), else (B, T, G, K)
+        log_a = log_a.unflatten(2, (G, J))  # (B, T, G, J), else (B, T, G, K)
 
     # 1. Cut T into n chunks of L steps. Equal chunks need the least padding, which goes in front: k = 0 and
     #    log_a = 0 change no state, and every chunk ends in a real step
@@ -121,7 +122,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         if padding:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (padding, 0))
         chunks.append(x.unflatten(1, (n, L)).transpose(2, 3))
-    q, k, v, log_a = chunks  # (B, n, G, L, K), the same, (B, n, G, L, R, V), (B, n, G, L, R or K)
+    q, k, v, log_a = chunks  # (B, n, G, L, K), the same, (B, n, G, L, J, V), (B, n, G, L, J or K)
     b = log_a.cumsum(3)
     # b_L - b_s, with a constant 0 at s = L: a difference would leave rounding noise in the gradient of log_a
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
@@ -135,25 +136,25 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, K, 1, 1)
     else:  # v carries the decays of its heads, and so does o at the end
         # mask the exponent, then exponentiate: the other order gives inf * 0 = nan in the gradient
-        b_row = b.transpose(3, 4)  # (B, n, G, R, L)
-        decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, R, L, L)
-        scores = (q @ k.mT).tril()[:, :, :, None] * decay  # (B, n, G, R, L, L)
+        b_row = b.transpose(3, 4)  # (B, n, G, J, L)
+        decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
+        scores = (q @ k.mT).tril()[:, :, :, None] * decay  # (B, n, G, J, L, L)
         q_reads = q
         k_writes = k
         v_writes = v * b_to_end.exp()[..., None]
-        state_decay = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, R, 1)
+        state_decay = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, J, 1)
 
     # 3. From chunk to chunk: q reads the state that enters; then the state decays and takes in k v^T
     before = []
     steps = zip(q_reads.unbind(1), k_writes.unbind(1), v_writes.unbind(1), state_decay.unbind(1), strict=True)
     for q_i, k_i, v_i, decay_i in steps:
-        before.append(q_i @ S.flatten(3))  # (B, G, L, R * V)
-        added = (k_i.mT @ v_i.flatten(3)).unflatten(3, (R, V))  # (B, G, K, R, V)
+        before.append(q_i @ S.flatten(3))  # (B, G, L, J * V)
+        added = (k_i.mT @ v_i.flatten(3)).unflatten(3, (J, V))  # (B, G, K, J, V)
         S = torch.addcmul(added, decay_i, S)
-    before = torch.stack(before, 1).unflatten(4, (R, V))  # (B, n, G, L, R, V)
+    before = torch.stack(before, 1).unflatten(4, (J, V))  # (B, n, G, L, J, V)
 
     # 4. The output: inside the chunk + from before
-    inside = (scores @ v.transpose(3, 4)).transpose(3, 4)  # (B, n, G, L, R, V)
+    inside = (scores @ v.transpose(3, 4)).transpose(3, 4)  # (B, n, G, L, J, V)
     o = inside + before if per_channel else torch.addcmul(inside, before, b.exp()[..., None])
     o = o.transpose(2, 3).reshape(B, n * L, H, V)[:, padding:]
     return o.to(out_dtype), S.transpose(2, 3).reshape(B, H, K, V)
@@ -208,11 +209,14 @@ class TritonScan(torch.autograd.Function):
     The first line is the recurrence again, in reverse time. The second line reads a state as o_t = S_t^T q_t
     does. So one kernel, "add k v^T to a decaying state and read it with q", is launched four times:
 
-        launch    q    k    v    starts from      time     decay acts on    gives
-        forward   q    k    v    S_0              forward  key rows         o, and S_T as its final state
-        dq        dO   v    k    S_0 transposed   forward  value columns    dq
-        dk        v    dO   q    R_T transposed   reverse  value columns    dk
-        dv        k    q    dO   R_T              reverse  key rows         dv, and R_0 as its final state
+        launch    q    k    v    starts from      time     decay    gives
+        forward   q    k    v    S_0              forward  key      o, and S_T as its final state
+        dq        dO   v    k    S_0 transposed   forward  value    dq
+        dk        v    dO   q    R_T transposed   reverse  value    dk
+        dv        k    q    dO   R_T              reverse  key      dv, and R_0 as its final state
+
+    In the two launches with a transposed state K and V change places: the kernel's keys are the columns of S,
+    and a decay per key channel acts on the kernel's values. One decay per head acts on all of S.
     """
 
     @staticmethod
@@ -225,11 +229,11 @@ class TritonScan(torch.autograd.Function):
         b = b.flatten(1, 2)[:, :T].contiguous()  # (B, T, heads, 1 or K)
 
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        rows = "scalar" if b.shape[3] == 1 else "key"
-        enter = states_that_enter(k, v, b, state, tile, rows, reverse=False)
+        decay = "scalar" if b.shape[3] == 1 else "key"
+        enter = states_that_enter(k, v, b, state, tile, decay, reverse=False)
         leave = state.new_empty(enter.shape)
         o = torch.empty_like(v)
-        launch_kernel(q, k, v, b, enter, tile, rows, reverse=False, o=o, leave=leave)
+        launch_kernel(q, k, v, b, enter, tile, decay, reverse=False, o=o, leave=leave)
         ctx.save_for_backward(q, k, v, b, state)
         ctx.tile = tile
         return o, leave[:, -1]
@@ -240,9 +244,10 @@ class TritonScan(torch.autograd.Function):
         tile = ctx.tile
         (B, T, H, _), K = v.shape, q.shape[3]
         do = do.contiguous()
-        rows, columns = ("scalar", "scalar") if b.shape[3] == 1 else ("key", "value")
-        S = states_that_enter(k, v, b, state, tile, rows, reverse=False)  # (B, segments, H, K, V)
-        R = states_that_enter(q, do, b, dfinal, tile, rows, reverse=True)  # (B, segments, H, K, V)
+        # what the decay acts on in S and R, and in S and R transposed
+        decay, decay_mT = ("scalar", "scalar") if b.shape[3] == 1 else ("key", "value")
+        S = states_that_enter(k, v, b, state, tile, decay, reverse=False)  # (B, segments, H, K, V)
+        R = states_that_enter(q, do, b, dfinal, tile, decay, reverse=True)  # (B, segments, H, K, V)
 
         # dq, and the first half of d log a. d log a_t adds up all pairs of a k_s, s < t, with a q_u, u >= t
         # (S_0 counts as a first k, R_T as a last q). From t + 1 to t it gains what q_t reads and loses what
@@ -252,8 +257,8 @@ class TritonScan(torch.autograd.Function):
         # and 1e-13 is right to 1e-4. This launch stores q * dq in float32
         dq = q.new_empty(B, T, H, K)
         leave = state.new_empty(S.mT.shape)
-        qdq = b.new_empty((B, H, K // min(K, tile[1]), T) if rows == "scalar" else (B, T, H, K))
-        launch_kernel(do, v, k, b, S.mT, tile, columns, reverse=False, o=dq, leave=leave, x=q, qdq=qdq)
+        qdq = b.new_empty((B, H, K // min(K, tile[1]), T) if decay == "scalar" else (B, T, H, K))
+        launch_kernel(do, v, k, b, S.mT, tile, decay_mT, reverse=False, o=dq, leave=leave, x=q, qdq=qdq)
 
         # dk, and the second half: in reverse time this launch subtracts k * dk and sums. At a segment's end
         # the sum starts from R times the state before the last k v^T, which the dq launch leaves
@@ -261,14 +266,14 @@ class TritonScan(torch.autograd.Function):
         end_sum = (leave * R.mT).sum(3)  # (B, segments, H, K)
         dlog_a = torch.empty_like(qdq)
         sums = dict(qdq=qdq, end_sum=end_sum, dlog_a=dlog_a)
-        launch_kernel(v, do, q, b, R.mT, tile, columns, reverse=True, o=dk, x=k, **sums)
-        if rows == "scalar":
+        launch_kernel(v, do, q, b, R.mT, tile, decay_mT, reverse=True, o=dk, x=k, **sums)
+        if decay == "scalar":
             dlog_a = dlog_a.sum(2).transpose(1, 2)[..., None]  # (B, T, H, 1)
 
         # dv, and the initial state's gradient
         dv = torch.empty_like(v)
         dstate = state.new_empty(R.shape)
-        launch_kernel(k, q, do, b, R, tile, rows, reverse=True, o=dv, leave=dstate)
+        launch_kernel(k, q, do, b, R, tile, decay, reverse=True, o=dv, leave=dstate)
         return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate[:, 0], None
 
 
@@ -315,7 +320,7 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=Non
     state = pad_last(pad_last(state, parts * V_padded).mT, K_padded).mT
     state = state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)  # (B, H * parts, K_, V_)
 
-    # two programs per multiprocessor keep a GPU busy; fewer than three segments gain less than they cost
+    # two programs per multiprocessor keep a GPU busy; two segments would gain less than they cost
     if segments is None:
         segments = 1
         if q.is_cuda:
@@ -355,7 +360,8 @@ def states_that_enter(k, v, b, state, tile, decay, reverse):
     """The states that enter the segments, (B, segments, H, K, V), when `state` enters the first in this time.
 
     Few heads and a long sequence would leave a GPU idle, so T is cut into segments that run side by side. A
-    launch without output finds what each segment adds to a state of zeros; a short loop chains them.
+    launch without output, which reads no q, finds what each segment adds to a state of zeros; a short loop
+    chains them.
     """
     chunk, _, segment = tile
     T = k.shape[1]
@@ -364,7 +370,8 @@ def states_that_enter(k, v, b, state, tile, decay, reverse):
         return state[:, None]
     enter = torch.stack([state] * segments, 1)
     added = torch.empty_like(enter)
-    launch_kernel(k, k, v, b, torch.zeros_like(enter), tile, decay, reverse, leave=added)
+    no_q = k
+    launch_kernel(no_q, k, v, b, torch.zeros_like(enter), tile, decay, reverse, leave=added)
 
     # b at the last step of each chunk; summed over a segment they are its log decay
     chunk_ends = torch.arange(chunk, T + chunk, chunk, device=b.device).clamp(max=T) - 1
@@ -423,6 +430,7 @@ if triton is not None:
             reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
         """
         # Where this program works. A 1-d grid, as the other axes stop at 65535; offsets in 64 bits
+        tl.static_assert(DECAY != "value" or qdq is not None)  # o without the pair s = t only goes with qdq
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)
@@ -508,31 +516,33 @@ if triton is not None:
                 tl.store(o + p_o, (y if qdq is None else y + y_same).to(dtype), mask=real)
 
             if qdq is not None:
-                # y becomes q * dq or k * dk; for "scalar" its sum over the block, (B, H, BLOCKS, T)
+                # xdx is q * dq or k * dk; for "scalar" its sum over the block, (B, H, BLOCKS, T)
                 p_x = ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + c_v[None, :]
-                y *= tl.load(x + p_x, mask=real, other=0.0)
-                p_y = p_o
+                xdx = y * tl.load(x + p_x, mask=real, other=0.0)
+                p_xdx = p_o
                 if DECAY == "scalar":
-                    y = tl.sum(y, 1, keep_dims=True)
-                    p_y = ((i_b * H + i_h) * BLOCKS + pid % BLOCKS) * T + t0 + t[:, None]
+                    xdx = tl.sum(xdx, 1, keep_dims=True)
+                    p_xdx = ((i_b * H + i_h) * BLOCKS + pid % BLOCKS) * T + t0 + t[:, None]
 
-                # dq stores it, and leaves the state before the last k v^T; dk sums back in time
+                # dq stores it; dk subtracts its own and sums back in time
                 if dlog_a is None:
-                    tl.store(qdq + p_y, y, mask=real)
-                    k_t = tl.where(inner, k_t, 0.0)
+                    tl.store(qdq + p_xdx, xdx, mask=real)
                 else:
-                    y = tl.load(qdq + p_y, mask=real, other=0.0) - tl.where(inner, y, 0.0)
-                    tl.store(dlog_a + p_y, later + tl.cumsum(y, 0, reverse=True), mask=real)
-                    later += tl.sum(y, 0, keep_dims=True)
+                    change = tl.load(qdq + p_xdx, mask=real, other=0.0) - tl.where(inner, xdx, 0.0)
+                    tl.store(dlog_a + p_xdx, later + tl.cumsum(change, 0, reverse=True), mask=real)
+                    later += tl.sum(change, 0, keep_dims=True)
 
-            # The state decays to the end of the chunk and takes in k v^T
+            # The state decays to the end of the chunk and takes in k v^T, in dq without the segment's last
+            k_out, v_out = k_t, v_t
+            if qdq is not None and dlog_a is None:
+                k_out = tl.where(inner, k_t, 0.0)
             if DECAY == "key":
                 S *= tl.trans(tl.exp2(b_L))
-                k_t = (k_t * c_out).to(dtype)
+                k_out = (k_out * c_out).to(dtype)
             else:
                 S *= tl.exp2(b_L)
-                v_t = (v_t * c_out).to(dtype)
-            S = tl.dot(tl.trans(k_t), v_t, S, input_precision="ieee")
+                v_out = (v_out * c_out).to(dtype)
+            S = tl.dot(tl.trans(k_out), v_out, S, input_precision="ieee")
 
         if leave is not None:
             tl.store(leave + ((i_bs * H + i_h) * K + c_k[:, None]) * V + c_v[None, :], S)

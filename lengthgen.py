@@ -386,7 +386,7 @@ class LanguageModel(nn.Module):
         if is_gla and isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def trunk(self):
+    def stages(self):
         """The embedding, the list of blocks and the last norm."""
         _, trunk, embedding, norm = LAYERS[self.config.layer]
         modules = self.get_submodule(trunk)
@@ -395,7 +395,7 @@ class LanguageModel(nn.Module):
     def tie_weights(self):
         """Let the output layer share the weights of the embedding where the configuration says so."""
         if self.config.tie_embeddings:
-            embedding, _, _ = self.trunk()
+            embedding, _, _ = self.stages()
             self.lm_head.weight = embedding.weight
 
     def recurrent_layers(self):
@@ -417,7 +417,7 @@ class LanguageModel(nn.Module):
         assert tokens.dim() == 2 and tokens.numel(), f"tokens must be (B, T), got {tuple(tokens.shape)}"
         if state is None:
             state = self.zero_state(len(tokens))
-        embedding, blocks, norm = self.trunk()
+        embedding, blocks, norm = self.stages()
 
         # every block reads the output of the block before it, and a state of its own
         x = embedding(tokens)  # (B, T, D)
@@ -505,8 +505,8 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
     # some rows start from zeros all the same, in all layers
     if zero_prob > 0:
         draws = torch.rand(len(state[0].scan), generator=rng, device=state[0].scan.device)
-        rows = (draws < zero_prob).nonzero().flatten()
-        state = map_state(lambda x: x.index_fill(0, rows, 0), state)
+        from_zeros = (draws < zero_prob).nonzero().flatten()
+        state = map_state(lambda x: x.index_fill(0, from_zeros, 0), state)
     return state
 
 
@@ -898,15 +898,14 @@ def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None)
     return total, count
 
 
-def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0, progress=None):
-    """Loss by position on streams of validation text from a zero state (the paper's figure 1).
+def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=None):
+    """Loss by position on B streams of validation text from a zero state (the paper's figure 1).
 
     Returns {"x": where ranges of positions end, in multiples of T, part: the mean loss in each range, nats}.
     The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, in a task of one part also at 1/8, 1/4 and 1/2 T.
     """
     task, _, parts = TASKS[task_name]
-    rows = rows or max(1, min(256, 2**22 // (T * windows)))  # 4M tokens are enough
-    tokens, part = stream(task, Rows(corpus, "val", rows, True, seed), T, windows)
+    tokens, part = stream(task, Rows(corpus, "val", B, True, seed), T, windows)
 
     # the ranges
     ends = [1 / 8, 1 / 4, 1 / 2, 1] if len(parts) == 1 else [1]
@@ -919,7 +918,7 @@ def position_wise(model, task_name, corpus, T, windows=64, rows=None, seed=0, pr
     # the bin of a target is its range and its part
     range_of = np.searchsorted(np.array(ends) * T, np.arange(T * windows), side="right")  # (N,)
     bins = np.where(part > 0, range_of * len(parts) + part - 1, -1)
-    total, count = streaming_loss(model, tokens, bins, segment_for(rows), progress=progress)
+    total, count = streaming_loss(model, tokens, bins, segment_for(B), progress=progress)
     measured = {"x": ends}
     for i, name in enumerate(parts):
         measured[name] = (total / count)[i :: len(parts)].tolist()
@@ -1204,7 +1203,7 @@ def load_encoding(name):
 class Corpus:
     """Tokens of a training and a validation split."""
 
-    name: str  # what it is, for people
+    name: str  # what it is, for people; a run goes on only with a corpus of the same name
     train: np.ndarray  # (N,) uint16 or uint32
     val: np.ndarray
     words: int  # size of the tokenizer's vocabulary
@@ -1433,7 +1432,7 @@ def load_checkpoint(name_or_folder):
         tokenizer = folder
     elif "model_type" not in settings and config.vocab_size == 50277:
         tokenizer = NEOX
-    run = dict(task="text", T=2048, tokenizer=tokenizer, name=os.path.basename(os.path.abspath(folder)))
+    run = dict(task="text", T=2048, tokenizer=tokenizer, model=os.path.basename(os.path.abspath(folder)))
     return dict(config=asdict(config), model=weights, settings=run)
 
 

@@ -352,14 +352,13 @@ def load_run(folder, settings, model, optimizer, carried, device):
 
 def fill_in(args, init):
     """Fill in what the command line leaves open, from the checkpoint of --init or from the recipes."""
-    settings = {"task": "echo", "tokenizer": "bytes", "name": args.model or "mamba2"}
+    settings = {"task": "echo", "tokenizer": "bytes", "model": args.model or "mamba2"}
     if init:
         layer = init["config"]["layer"]
         if args.model not in (None, layer):
             raise ValueError(f"{args.init} is a {layer}, no {args.model}: leave --model out")
-        settings.update(name=layer)
         settings.update(init["settings"])
-    args.model = settings["name"]
+    args.model = settings["model"]  # its name in the folders of runs
     args.task = args.task or settings["task"]
     args.T = args.T or settings.get("T") or lg.TASKS[args.task][1]
     if args.tokenizer is None:
@@ -417,6 +416,12 @@ def check_settings(checkpoint, settings, folder):
             )
 
 
+def measure(model, args, corpus):
+    """The loss by position of a model, on fewer streams where they are longer."""
+    B = max(16, min(256, 12800 // args.T))
+    return lg.position_wise(model, args.task, corpus, args.T, B, progress=ev.Progress("loss by position"))
+
+
 def main(argv=None):
     """Run one command line of train.py; ValueError if it is wrong."""
     started = time.time()
@@ -436,18 +441,13 @@ def main(argv=None):
         f"corpus: {corpus.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out"
     )
 
-    def position_wise():
-        rows = max(16, min(256, 12800 // args.T))
-        progress = ev.Progress("loss by position")
-        return [lg.position_wise(model, args.task, corpus, args.T, rows=rows, progress=progress)]
-
     # the base, from zero states
     common = dict(task=args.task, T=args.T, data=corpus.name, batch=args.batch, accumulate=args.accumulate)
     common.update(seed=args.seed, ranks=start_ranks(device), compile=args.compile)
-    common.update(name=args.model, tokenizer=args.tokenizer)
+    common.update(model=args.model, tokenizer=args.tokenizer)
     folder = ev.run_folder(args.out, args.model, args.task, "base", args.seed)
     model = get_base(args, init, folder, corpus, common, device)
-    results = {"base": position_wise()}
+    results = {"base": [measure(model, args, corpus)]}
 
     # the intervention
     if args.intervention:
@@ -461,13 +461,13 @@ def main(argv=None):
         print_once(f"post-training: {', '.join(f'{name} {value}' for name, value in settings.items())}")
         with alone_in(folder) as signals:
             train(model, corpus, settings, folder, device, signals)
-        results[label] = position_wise()
+        results[label] = [measure(model, args, corpus)]
 
     # the table, a verdict and the picture
     if rank() == 0:
         panels = ev.panels_of("poswise", results)
         ev.print_panels(panels)
-        ev.print_verdict(panels[0])
+        ev.print_verdict(panels)
         picture = os.path.join(folder, "position_wise.png")
         ev.draw_panels(panels, picture, f"{args.model} on {args.task}, trained on T = {args.T} tokens")
         print(f"picture: {picture}   ({ev.clock(time.time() - started)} in all)")

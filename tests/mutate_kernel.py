@@ -44,8 +44,8 @@ BUGS = {  # name: (text, what the bug makes of it)
     ),
     "state not decayed, key rows": ("S *= tl.trans(tl.exp2(b_L))", "S *= 1.0"),
     "state not decayed, value columns": ("                S *= tl.exp2(b_L)\n", "                S *= 1.0\n"),
-    "k not decayed to the end of the chunk": ("k_t = (k_t * c_out).to(dtype)", "k_t = k_t.to(dtype)"),
-    "v not decayed to the end of the chunk": ("v_t = (v_t * c_out).to(dtype)", "v_t = v_t.to(dtype)"),
+    "k not decayed to the end of the chunk": ("k_out = (k_out * c_out).to(dtype)", "k_out = k_out.to(dtype)"),
+    "v not decayed to the end of the chunk": ("v_out = (v_out * c_out).to(dtype)", "v_out = v_out.to(dtype)"),
     "one half of the midpoint decay missing": ("(v_t * to_mid).to(dtype)", "v_t.to(dtype)"),
     "output not decayed from the midpoint": ('input_precision="ieee") * to_mid', 'input_precision="ieee")'),
     "halves told apart the wrong way round": (
@@ -65,12 +65,15 @@ BUGS = {  # name: (text, what the bug makes of it)
     "wrong group for log_a": ("i_h // (H // HB)", "i_h % HB"),
     "wrong group for x in d log a": ("i_h // (H // HX)", "i_h % HX"),
     "d log a: sum without the step itself": (
-        "tl.cumsum(y, 0, reverse=True)",
-        "(tl.cumsum(y, 0, reverse=True) - y)",
+        "tl.cumsum(change, 0, reverse=True)",
+        "(tl.cumsum(change, 0, reverse=True) - change)",
     ),
-    "d log a: sum not carried to the next chunk": ("later += tl.sum(y, 0, keep_dims=True)", "later += 0.0"),
-    "d log a: last step of k not left out": ("tl.where(inner, y, 0.0)", "y"),
-    "d log a: anchor keeps the last k v^T": ("k_t = tl.where(inner, k_t, 0.0)", "k_t = k_t"),
+    "d log a: sum not carried to the next chunk": (
+        "later += tl.sum(change, 0, keep_dims=True)",
+        "later += 0.0",
+    ),
+    "d log a: last step of k not left out": ("tl.where(inner, xdx, 0.0)", "xdx"),
+    "d log a: anchor keeps the last k v^T": ("k_out = tl.where(inner, k_t, 0.0)", "k_out = k_t"),
     "d log a: anchor of another head": (
         "end_sum + (i_bs * H + i_h) * V",
         "end_sum + (i_bs * H + (i_h + 1) % H) * V",
@@ -80,11 +83,11 @@ BUGS = {  # name: (text, what the bug makes of it)
         "(x.shape[2], -1)).sum(3, dtype=torch.float32).to(x.dtype)",
         "(x.shape[2], -1))[:, :, :, 0]",
     ),
-    "dq ignores the initial state": ("b, S.mT, tile, columns", "b, 0 * S.mT, tile, columns"),
-    "dk ignores the gradient of the final state": ("b, R.mT, tile, columns", "b, 0 * R.mT, tile, columns"),
+    "dq ignores the initial state": ("b, S.mT, tile, decay_mT", "b, 0 * S.mT, tile, decay_mT"),
+    "dk ignores the gradient of the final state": ("b, R.mT, tile, decay_mT", "b, 0 * R.mT, tile, decay_mT"),
     "dv runs forward in time": (
-        "launch_kernel(k, q, do, b, R, tile, rows, reverse=True",
-        "launch_kernel(k, q, do, b, R, tile, rows, reverse=False",
+        "launch_kernel(k, q, do, b, R, tile, decay, reverse=True",
+        "launch_kernel(k, q, do, b, R, tile, decay, reverse=False",
     ),
     "segments chained in the wrong order": (
         "reversed(range(segments)) if reverse else",

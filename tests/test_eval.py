@@ -290,7 +290,7 @@ def test_tasks_of_bytes_refuse_other_vocabularies(corpus):
 TOY_MODELS = dict(
     mamba2=dict(d_model=16, n_layer=2, d_state=8, headdim=8), gla=dict(d_model=16, n_layer=2, num_heads=2)
 )
-TOY_SIZES = dict(rows=2, windows=8, lengths=[1, 2])
+TOY_SIZES = dict(B=2, windows=8, lengths=[1, 2])
 
 
 def make_toys(set_attribute, corpus):
@@ -298,7 +298,7 @@ def make_toys(set_attribute, corpus):
     toy_measures = {}
     for name, (function, sizes, *labels) in ev.MEASURES.items():
         sizes = {key: TOY_SIZES.get(key, size) for key, size in sizes.items()}
-        toy_measures[name] = (function, dict(sizes, rows=16) if name == "effrem" else sizes, *labels)
+        toy_measures[name] = (function, dict(sizes, B=16) if name == "effrem" else sizes, *labels)
     toy_plan = {}
     for name, lines in ev.PLAN.items():
         shorter = [re.sub(r" --(steps|batch) \d+", "", line) for line in lines]
@@ -306,7 +306,7 @@ def make_toys(set_attribute, corpus):
     position_wise = lg.position_wise
 
     def one_row(*args, **options):  # what train.py ends with is tested with train.py
-        return position_wise(*args, **options | dict(rows=1, windows=2))
+        return position_wise(*args[:4], 1, 2)
 
     def run_train(line):
         with pytest.MonkeyPatch.context() as patch:
@@ -318,7 +318,7 @@ def make_toys(set_attribute, corpus):
     set_attribute(ev, "PLAN", toy_plan)
     set_attribute(ev, "run_train", run_train)
     set_attribute(train, "TINY_MODELS", TOY_MODELS)
-    set_attribute(train, "PRETRAIN", dict(steps=2, lr=1e-3))
+    set_attribute(train, "PRETRAIN", dict(steps=2, lr=1e-3, hold=0.0))
     set_attribute(lg, "load_corpus", lambda *args: corpus)
     ev.default_corpus.cache_clear()
 
@@ -381,7 +381,7 @@ def test_forgetting_faster_is_the_loss_with_the_changed_decay_beyond_4_T(corpus)
             total, count = lg.streaming_loss(model, tokens, bins)
         return (total / count).tolist()
 
-    options = dict(rows=2, windows=8)
+    options = dict(B=2, windows=8)
     minus = ev.measure_minus(model, "echo", corpus, 50, **options, amounts=[0, 0.5])
     times = ev.measure_times(model, "echo", corpus, 50, **options, amounts=[1, 3])
     for measured, changes in (
@@ -520,7 +520,7 @@ def test_a_curve_is_the_mean_of_the_seeds_in_their_range():
 )
 def test_the_verdict_is_about_the_worst_range_past_T(loss, verdict, capsys):
     curves = {"base": ([0.5, 1, 2, 4], [[9.0, 1.0, loss, 1.0]])}
-    ev.print_verdict(ev.Panel("text", "", "", curves))
+    ev.print_verdict([ev.Panel("text", "", "", curves)])
     assert (
         capsys.readouterr().out.strip()
         == f"base: text loss 1.00 in T, at worst {loss - 1:+.2f} beyond: {verdict}"

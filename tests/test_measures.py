@@ -119,7 +119,7 @@ def test_a_million_tokens_need_the_memory_of_a_hundred_thousand(tmp_path):
 def test_position_wise_loss_is_the_mean_over_each_range_and_part(task_name, T, windows):
     """Each range and part against the uncut streams, target by target."""
     model, corpus = make_model(), make_corpus()
-    got = lg.position_wise(model, task_name, corpus, T, windows, rows=5, seed=3)
+    got = lg.position_wise(model, task_name, corpus, T, 5, windows, seed=3)
     function, _, parts = lg.TASKS[task_name]
     tokens, part = lg.stream(function, lg.Rows(corpus, "val", 5, True, 3), T, windows)
     losses = plain_losses(model, tokens)
@@ -136,7 +136,7 @@ def test_position_wise_loss_is_the_mean_over_each_range_and_part(task_name, T, w
 
 
 def test_position_ranges_are_powers_of_two_and_the_steps_between_in_units_of_T():
-    got = lg.position_wise(make_model(), "echo", make_corpus(), 16, windows=64, rows=1)
+    got = lg.position_wise(make_model(), "echo", make_corpus(), 16, 1, windows=64)
     assert got["x"] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
@@ -156,7 +156,7 @@ def test_positions_that_make_no_measure_are_named():
 
 def test_progress_runs_to_the_end():
     shares = []
-    lg.position_wise(make_model(), "text", make_corpus(), 800, windows=2, rows=50, progress=shares.append)
+    lg.position_wise(make_model(), "text", make_corpus(), 800, 50, windows=2, progress=shares.append)
     assert shares == sorted(shares) and len(shares) >= 3 and shares[-1] == 1
 
 

@@ -26,7 +26,7 @@ FILES = ["checkpoint.pt", "metrics.jsonl", "position_wise.png"]
 
 
 def two_rows(position_wise):
-    return lambda *args, **options: position_wise(*args, **options | dict(rows=2))
+    return lambda model, task, corpus, T, B, **options: position_wise(model, task, corpus, T, 2, **options)
 
 
 @pytest.fixture
