@@ -463,7 +463,7 @@ def main(argv=None):
             train(model, corpus, settings, folder, device, signals)
         results[label] = [measure(model, args, corpus)]
 
-    # the table, a verdict and the picture
+    # the table, a verdict, the picture, and what to try next
     if rank() == 0:
         panels = ev.panels_of("poswise", results)
         ev.print_panels(panels)
@@ -471,6 +471,10 @@ def main(argv=None):
         picture = os.path.join(folder, "position_wise.png")
         ev.draw_panels(panels, picture, f"{args.model} on {args.task}, trained on T = {args.T} tokens")
         print(f"picture: {picture}   ({ev.clock(time.time() - started)} in all)")
+        if not args.intervention:
+            print("next: the same command with --intervention state_passing")
+        elif args.init is None:
+            print(f"next, all interventions: python eval.py reproduce interventions --model {args.model}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
