@@ -311,8 +311,8 @@ STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps
 TRAINED = {  # steps of 3,200 tokens
     "1.5M tokens": "steps460/base",
     "2.9M tokens": "steps920/base",
-    "5.9M tokens": "base",
-    "11.8M tokens": "steps3680/base",
+    "5.9M tokens": "steps1840/base",
+    "11.8M tokens": "base",
 }
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
 FAST = ["retention", "minus", "times"]
@@ -452,7 +452,7 @@ PLAN = {  # experiment: command lines in the order of dependence; {base} is the 
         "--task mixed --intervention {each}",
         "--task mixed --steps 460 --out {out}/steps460",
         "--task mixed --steps 920 --out {out}/steps920",
-        "--task mixed --steps 3680 --out {out}/steps3680",
+        "--task mixed --steps 1840 --out {out}/steps1840",
     ],
     "copy": [  # not pre-trained for longer, because the base then learns by itself to drop the string before
         "--task copy --T 44 --steps 1000",
