@@ -36,7 +36,7 @@ import lengthgen as lg
 
 
 class Panel(NamedTuple):
-    """One axis of a figure and one block of the table: curves over a place x, which is a multiple of T."""
+    """One axis of a figure and one block of the table: curves of values over x, most often multiples of T."""
 
     title: str
     xlabel: str
@@ -164,13 +164,8 @@ def measure_gap(model, task, corpus, T, B, windows):
     """lengthgen.paired_gap of plain text, as means over ranges of blocks that double in length."""
     tokens, _ = lg.stream(lg.text, lg.Rows(corpus, "val", B, True, 0), T, windows)
     gap = lg.paired_gap(model, tokens, T)
-    ends = []
-    means = []
-    end = 2
-    while end <= windows:
-        ends.append(end)
-        means.append(float(gap[end // 2 : end].mean()))
-        end *= 2
+    ends = [2**i for i in range(1, windows.bit_length())]
+    means = [float(gap[end // 2 : end].mean()) for end in ends]
     return {"x": ends, "the same text after the whole past, minus after T": means}
 
 
@@ -198,18 +193,8 @@ def measure_retention(model, task, corpus, T, B):
     return {"x": list(range(1, len(kept) + 1)), "what heads keep over T": sorted(kept)}
 
 
-def measure_minus(model, task, corpus, T, B, windows, amounts):
-    """Loss beyond 4 T when a model forgets faster without training, by log_a minus d."""
-    return measure_changed(model, corpus, T, B, windows, amounts, torch.sub)
-
-
-def measure_times(model, task, corpus, T, B, windows, amounts):
-    """Loss beyond 4 T when a model forgets faster without training, by log_a times c."""
-    return measure_changed(model, corpus, T, B, windows, amounts, torch.mul)
-
-
-def measure_changed(model, corpus, T, B, windows, amounts, operation):
-    """Loss beyond 4 T on streams of echo, with operation(log_a, amount) in the place of log_a."""
+def measure_changed(model, task, corpus, T, B, windows, amounts, operation):
+    """Loss beyond 4 T on echo when a model forgets faster without training: by operation(log_a, amount)."""
     tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", B, True, 0), T, windows)
     bins = np.where(np.arange(T * windows) < 4 * T, -1, part - 1)  # 0 is text, 1 is echo
     text_losses = []
@@ -288,13 +273,13 @@ MEASURES = {  # name: (function, how much it measures, the labels of the axes); 
     "effrem": (measure_effrem, dict(B=64), "t: tokens left out (T)", "EffRem(t), total variation"),
     "retention": (measure_retention, dict(B=256), "head, sorted", "share of the state"),
     "minus": (
-        measure_minus,
+        functools.partial(measure_changed, operation=torch.sub),
         dict(B=32, windows=64, amounts=[0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]),
         "d: log_a minus d",
         "loss beyond 4 T (nats)",
     ),
     "times": (
-        measure_times,
+        functools.partial(measure_changed, operation=torch.mul),
         dict(B=32, windows=64, amounts=[1, 1.5, 2, 3, 5, 8, 12]),
         "c: log_a times c",
         "loss beyond 4 T (nats)",

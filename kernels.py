@@ -11,7 +11,7 @@
             (B, T, H, K) one decay per key channel (GLA, Mamba-1); never positive
     state   (B, H, K, V) the S that the first step starts from, never below float32; None means zeros
 
-Every function returns o (B, T, H, V) in v's dtype and the final state (B, H, K, V). Gradients reach every
+Every scan returns o (B, T, H, V) in v's dtype and the final state (B, H, K, V). Gradients reach every
 input and the initial state, and flow in from the final state. q, k and v share one dtype.
 """
 
@@ -83,13 +83,14 @@ def recurrent_scan(q, k, v, log_a, state=None):
 
 # ---- 3. In chunks ----
 def chunked_scan(q, k, v, log_a, state=None, chunk=32):
-    """The same in matmuls over chunks of at most `chunk` steps (SSD, Dao & Gu 2024, section 6). Any T >= 1.
+    """The same in matmuls over chunks of about `chunk` steps (SSD, Dao & Gu 2024, section 6). Any T >= 1.
 
     Let b_t = log a_1 + ... + log a_t inside a chunk of L steps, and let S be the state that enters the chunk:
 
         o_t = sum_{s <= t} e^(b_t - b_s) (q_t . k_s) v_s + e^(b_t) S^T q_t      inside the chunk + from before
         S'  = e^(b_L) S + sum_s e^(b_L - b_s) k_s v_s^T                         enters the next chunk
 
+    With a decay per key channel the factors e^(...) belong inside, to each product of q_t and k_s.
     No exponent is positive, so nothing overflows at any decay. Shapes as at the top of this file.
     """
     B, T, G, H, K, V = check_inputs(q, k, v, log_a, state)
@@ -135,7 +136,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         v_writes = v
         state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, K, 1, 1)
     else:  # v carries the decays of its heads, and so does o at the end
-        # mask the exponent, then exponentiate: the other order gives inf * 0 = nan in the gradient
+        # pairs s > t get exponent 0 here, because e^(+large) would give inf * 0 = nan in the gradient, and
+        # score 0 in the line after
         b_row = b.transpose(3, 4)  # (B, n, G, J, L)
         decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
         scores = (q @ k.mT).tril()[:, :, :, None] * decay  # (B, n, G, J, L, L)
@@ -183,11 +185,11 @@ def decayed_scores(q, k, b):
     for level in range(L.bit_length() - 1):
         # every second half reads what the first half before it wrote
         half = 2**level
-        pairs = (L // (2 * half), 2, half)
-        b_first, b_second = b.unflatten(-2, pairs).unbind(-3)  # (..., pairs, half, K)
+        halves = (L // (2 * half), 2, half)  # pairs of them, first and second, steps
+        b_first, b_second = b.unflatten(-2, halves).unbind(-3)  # (..., pairs, half, K)
         b_mid = b_first[..., -1:, :]  # (..., pairs, 1, K)
-        q_second = q.unflatten(-2, pairs)[..., 1, :, :] * (b_second - b_mid).exp()
-        k_first = k.unflatten(-2, pairs)[..., 0, :, :] * (b_mid - b_first).exp()
+        q_second = q.unflatten(-2, halves)[..., 1, :, :] * (b_second - b_mid).exp()
+        k_first = k.unflatten(-2, halves)[..., 0, :, :] * (b_mid - b_first).exp()
         lower = q_second @ k_first.mT  # (..., pairs, half, half)
         # two blocks of the level before and these scores are the quarters of a block of this level
         first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)  # (..., pairs, half, half)
@@ -198,7 +200,9 @@ def decayed_scores(q, k, b):
 
 # ---- 4. The gradients: the same scan with its roles swapped ----
 class TritonScan(torch.autograd.Function):
-    """o and the final state. log_a is (B, T, H, 1 or K), tile is [chunk, block, steps of a segment].
+    """o and the final state. log_a is (B, T, heads, 1 or K), tile is [chunk, block, steps of a segment].
+
+    Here v and the state have H heads, of which groups may share one log_a, as they may share one q and k.
 
     Let dO_t be the gradient that arrives at o_t, R_T the one that arrives at the final state, and dS_t all
     that reaches S_t, from its own step and from the later ones. Differentiating the recurrence gives
@@ -207,15 +211,15 @@ class TritonScan(torch.autograd.Function):
         dq_t = S_t dO_t        dk_t = dS_t v_t        dv_t = dS_t^T k_t
 
     The first line is the recurrence again, in reverse time. The second line reads a state as o_t = S_t^T q_t
-    does. So one kernel, "add k v^T to a decaying state and read it with q", is launched four times:
+    does. So one kernel, "add k v^T to a decaying state and read it with q", is launched in four roles:
 
-        launch    q    k    v    starts from      time     decay    gives
+        role      q    k    v    starts from      time     decay    gives
         forward   q    k    v    S_0              forward  key      o, and S_T as its final state
         dq        dO   v    k    S_0 transposed   forward  value    dq
         dk        v    dO   q    R_T transposed   reverse  value    dk
         dv        k    q    dO   R_T              reverse  key      dv, and R_0 as its final state
 
-    In the two launches with a transposed state K and V change places: the kernel's keys are the columns of S,
+    In the two roles with a transposed state K and V change places: the kernel's keys are the columns of S,
     and a decay per key channel acts on the kernel's values. One decay per head acts on all of S.
     """
 
@@ -254,14 +258,16 @@ class TritonScan(torch.autograd.Function):
         # k_t writes:
         #     d log a_t = d log a_{t+1} + q_t * dq_t - k_t * dk_t      (summed over K with one decay per head)
         # dq and dk are taken here without the pair s = t, which is in neither sum: so nothing large cancels,
-        # and 1e-13 is right to 1e-4. This launch stores q * dq in float32
+        # and even a d log a of size 1e-13 is right to 1e-4. This launch stores q * dq in float32, with one
+        # decay per head summed over the keys of each program
         dq = q.new_empty(B, T, H, K)
         leave = state.new_empty(S.mT.shape)
         qdq = b.new_empty((B, H, K // min(K, tile[1]), T) if decay == "scalar" else (B, T, H, K))
         launch_kernel(do, v, k, b, S.mT, tile, decay_mT, reverse=False, o=dq, leave=leave, x=q, qdq=qdq)
 
         # dk, and the second half: in reverse time this launch subtracts k * dk and sums. At a segment's end
-        # the sum starts from R times the state before the last k v^T, which the dq launch leaves
+        # the sum starts from R times the state without the last step's k v^T, which the dq launch leaves:
+        # that pair would be added and subtracted
         dk = torch.empty_like(dq)
         end_sum = (leave * R.mT).sum(3)  # (B, segments, H, K)
         dlog_a = torch.empty_like(qdq)
@@ -320,13 +326,14 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=Non
     state = pad_last(pad_last(state, parts * V_padded).mT, K_padded).mT
     state = state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)  # (B, H * parts, K_, V_)
 
-    # two programs per multiprocessor keep a GPU busy; two segments would gain less than they cost
+    # two programs per multiprocessor keep a GPU busy; fewer than three segments gain less than they cost
     if segments is None:
         segments = 1
         if q.is_cuda:
             programs = B * H * parts * max(1, V_padded // block)
             wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count // programs
-            segments = max(1, min(wanted, T // 1024)) if wanted > 2 else 1
+            if min(wanted, T // 1024) > 2:
+                segments = min(wanted, T // 1024)
     if segments < 1:
         raise ValueError(f"segments is {segments}, expected at least 1")
     segment = triton.cdiv(triton.cdiv(T, chunk), segments) * chunk  # steps, in whole chunks
@@ -368,7 +375,7 @@ def states_that_enter(k, v, b, state, tile, decay, reverse):
     segments = triton.cdiv(T, segment)
     if segments == 1:
         return state[:, None]
-    enter = torch.stack([state] * segments, 1)
+    enter = state[:, None].repeat(1, segments, 1, 1, 1)
     added = torch.empty_like(enter)
     no_q = k
     launch_kernel(no_q, k, v, b, torch.zeros_like(enter), tile, decay, reverse, leave=added)
@@ -391,7 +398,8 @@ def launch_kernel(
     o: Tensor | None = None, leave: Tensor | None = None, x: Tensor | None = None,
     qdq: Tensor | None = None, end_sum: Tensor | None = None, dlog_a: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One launch in the roles of the table: reads `enter` (B, segments, H, K, V), writes mutates_args."""
+    """One launch in a role of the table. Reads `enter` (B, segments, H, K, V), writes those of o, leave, qdq
+    and dlog_a that it is given; dk reads qdq."""
     (B, segments, H, K, V), (chunk, block, segment) = enter.shape, tile
     block = min(block, V)
     heads_of_x = 1 if x is None else x.shape[2]
@@ -423,14 +431,16 @@ if triton is not None:
         run gives the same bits. In a chunk, with S entering and "before" meant in the time of the launch:
 
             o_t = sum_{s = t or before} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t
-            S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T
+            S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T            (factors of channels: inside the products)
 
                       decay(s, t)      c_in(t)          c_out(s)
             forward   e^(b_t - b_s)    e^(b_t)          e^(b_L - b_s)
             reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
         """
         # Where this program works. A 1-d grid, as the other axes stop at 65535; offsets in 64 bits
-        tl.static_assert(DECAY != "value" or qdq is not None)  # o without the pair s = t only goes with qdq
+        tl.static_assert(
+            DECAY != "value" or qdq is not None
+        )  # there y lacks the pair s = t, which the qdq branch adds
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)
@@ -468,7 +478,7 @@ if triton is not None:
             real = t[:, None] < n
             inner = t[:, None] < (end - t0 - 1).to(tl.int32)  # all steps but the segment's last
 
-            # Load. Steps past the end repeat the last b: a 0 there is e^(+large) in reverse time, and 0 * inf
+            # Load. Steps past the end repeat the last b, because 0 would give e^(+large) * 0 in reverse time
             q_t = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
             k_t = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K), mask=real, other=0.0)
             v_t = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V), mask=real, other=0.0)
@@ -478,7 +488,7 @@ if triton is not None:
             c_out = tl.exp2(b_t if REVERSE else b_L - b_t)
 
             if o is not None:
-                # y (L, BLOCK): what q reads of S. A (L, L): the scores q_t . k_s, for "key" only s = t yet
+                # y (L, BLOCK): what q reads of S. A (L, L): q_t . k_s, for "key" the diagonal alone
                 if DECAY == "key":
                     y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision="ieee")
                     A = tl.where(same, tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True), 0.0)
@@ -488,7 +498,7 @@ if triton is not None:
                 if qdq is not None:  # dq and dk: d log a wants them without s = t
                     y_same = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True) * v_t
 
-                # Decay the pairs s < t: as one matrix, or level by level as in decayed_scores
+                # Decay the pairs, s before t: as one matrix, or level by level as in decayed_scores
                 if DECAY == "scalar":
                     reads = earlier if qdq is not None else earlier | same
                     gap = tl.trans(b_t) - b_t if REVERSE else b_t - tl.trans(b_t)
@@ -532,7 +542,7 @@ if triton is not None:
                     tl.store(dlog_a + p_xdx, later + tl.cumsum(change, 0, reverse=True), mask=real)
                     later += tl.sum(change, 0, keep_dims=True)
 
-            # The state decays to the end of the chunk and takes in k v^T, in dq without the segment's last
+            # The state decays to the end of the chunk and takes in k v^T; dq leaves out the last of a segment
             k_out, v_out = k_t, v_t
             if qdq is not None and dlog_a is None:
                 k_out = tl.where(inner, k_t, 0.0)

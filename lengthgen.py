@@ -141,7 +141,6 @@ class Mamba2(nn.Module):
         self.H = self.d_inner // self.V
         self.channels = self.d_inner + 2 * self.G * self.K  # of the convolution: x, B and C
         self.conv_shape = (config.d_conv - 1, self.channels)
-        self.norm_eps = config.norm_eps
         self.backend = config.backend
         assert self.H * self.V == self.d_inner, f"{self.d_inner} channels are no whole heads of {self.V}"
         assert self.H % self.G == 0, f"{self.H} heads do not share {self.G} groups evenly"
@@ -179,7 +178,7 @@ class Mamba2(nn.Module):
         # the skip connection and the gate, then a norm over the channels of each group
         y = torch.addcmul(o, self.D[:, None], x).flatten(-2) * F.silu(z)  # (B, T, H V)
         y = y.view(B, T, G, self.d_inner // G)
-        y = F.rms_norm(y, y.shape[-1:], eps=self.norm_eps).flatten(-2) * self.norm.weight
+        y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
         return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
@@ -187,7 +186,7 @@ def causal_conv(x, state, conv1d):
     """Depthwise causal convolution and SiLU of x (B, T, channels), which continues the inputs in state.
 
     state: (B, d_conv-1, channels), the inputs before x. Returns the outputs (B, T, channels) and the next
-    state. Computed as a 2-d convolution of height 1, because PyTorch's is several times faster on a CPU.
+    state. Computed as a 2-d convolution of height 1, which is several times faster on a CPU than conv1d.
     """
     T = x.shape[1]
     x = torch.cat([state.to(x.dtype), x], dim=1)  # (B, d_conv-1 + T, channels)
@@ -199,7 +198,7 @@ def causal_conv(x, state, conv1d):
 
 def initial_dt_bias(n):
     """(n,) numbers whose softplus, the step size dt, is spread log-uniformly over [1e-3, 1e-1]."""
-    dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+    dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
 
@@ -480,7 +479,7 @@ INTERVENTIONS = {  # name: (function, does row b of the next batch continue row 
     "random_noise": (random_noise, False),
     "fitted_noise": (fitted_noise, False),
     "state_passing": (state_passing, False),
-    "tbtt": (state_passing, True),  # state passing over rows that continue
+    "tbtt": (state_passing, True),  # truncated backpropagation through time: rows that continue
 }
 
 
@@ -488,7 +487,7 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
     """The initial state of the next batch: an intervention applied to the final state of this batch.
 
     function, state, stats, rng: the intervention and its arguments, as above; updates `stats`
-    zero_prob: each row starts from zeros instead with this probability, so that the model does not forget how
+    zero_prob: each row starts from zeros instead with this probability, so that the model can still do that
     carry: "full" hands over convolution and scan, "scan" the scan alone, all that the paper's kernel can take
     """
     assert carry in ("full", "scan") and 0 <= zero_prob <= 1, f"carry {carry!r}, zero_prob {zero_prob}"
@@ -497,7 +496,7 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
     stats.update(state)
     state = function(state, stats, rng)
 
-    # the paper hands over half of the state: the convolution starts from zeros
+    # the paper hands over the scan's state alone: the convolution starts from zeros
     if carry == "scan":
         zeros = map_state(torch.zeros_like, state)
         state = [LayerState(empty.conv, layer.scan) for layer, empty in zip(state, zeros, strict=True)]
@@ -661,7 +660,7 @@ def mixed(rows, T):
     """
     text_tokens, text_part = text(rows, T)
     after_text = rows.at
-    rows.at = after_text - T  # where the text began
+    rows.at = after_text - T  # rows that continue echo the same text, others draw a new place
     echo_tokens, echo_part = echo(rows, T)
     is_echo = torch.rand(rows.B, 1, generator=rows.rng) < ECHO_SHARE
     rows.at = torch.where(is_echo[:, 0], rows.at, after_text)
@@ -902,26 +901,27 @@ def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=N
     """Loss by position on B streams of validation text from a zero state (the paper's figure 1).
 
     Returns {"x": where ranges of positions end, in multiples of T, part: the mean loss in each range, nats}.
-    The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, in a task of one part also at 1/8, 1/4 and 1/2 T.
+    The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, for plain text also at 1/8, 1/4 and 1/2 T. The loss of a
+    range without targets is NaN.
     """
     task, _, parts = TASKS[task_name]
     tokens, part = stream(task, Rows(corpus, "val", B, True, seed), T, windows)
 
     # the ranges
-    ends = [1 / 8, 1 / 4, 1 / 2, 1] if len(parts) == 1 else [1]
-    power = 2
-    while power < windows:
-        ends += [power, power * 3 / 2]
-        power *= 2
+    ends = [1 / 8, 1 / 4, 1 / 2, 1] if task_name == "text" else [1]
+    for i in range(1, windows.bit_length()):
+        ends += [2**i, 1.5 * 2**i]
     ends = [end for end in ends if end < windows] + [windows]
 
     # the bin of a target is its range and its part
     range_of = np.searchsorted(np.array(ends) * T, np.arange(T * windows), side="right")  # (N,)
     bins = np.where(part > 0, range_of * len(parts) + part - 1, -1)
     total, count = streaming_loss(model, tokens, bins, segment_for(B), progress=progress)
+    losses = torch.full((len(ends) * len(parts),), math.nan, dtype=torch.float64)
+    losses[: len(total)] = total / count
     measured = {"x": ends}
     for i, name in enumerate(parts):
-        measured[name] = (total / count)[i :: len(parts)].tolist()
+        measured[name] = losses[i :: len(parts)].tolist()
     return measured
 
 
@@ -1000,15 +1000,15 @@ def changed_decay(model, change):
     def changed_scan(q, k, v, log_a, state):
         return scan(q, k, v, change(log_a), state, model.config.backend)
 
-    BACKENDS["changed"] = changed_scan
+    BACKENDS["decay changed"] = changed_scan
     for layer in model.recurrent_layers():
-        layer.backend = "changed"
+        layer.backend = "decay changed"
     try:
         yield
     finally:
         for layer in model.recurrent_layers():
             layer.backend = model.config.backend
-        del BACKENDS["changed"]
+        del BACKENDS["decay changed"]
 
 
 @torch.no_grad()
@@ -1215,7 +1215,7 @@ class Corpus:
         self.vocab_size = max(self.words, self.bos + 1, self.sep + 1)
 
 
-# from here on a twentieth of the documents is held out, below it (where that may be none) a tenth of each
+# with so many documents a twentieth of them is held out whole, with fewer the last tenth of each
 MANY_DOCUMENTS = 200
 
 
@@ -1466,7 +1466,7 @@ def download(name, file):
             urllib.request.urlretrieve(url, part)  # notices a connection that breaks off
             os.replace(part, path)
         except urllib.error.HTTPError as error:
-            if error.code != 404:
+            if error.code not in (401, 404):  # the hub says 401 where there is no such model
                 raise
             return None
         finally:

@@ -146,8 +146,8 @@ def make_optimizer(model):
 class Carried:
     """What one rank hands from step to step besides the weights: rows of text, states, statistics and noise.
 
-    Each micro-batch of a step is a slot with rows and a state of its own, so that the batch before is the
-    whole batch, as in the paper.
+    Each micro-batch of a step is a slot with rows and a state of its own. A slot goes on from its own state
+    of the step before, so that the previous batch is the whole batch, as in the paper.
     """
 
     def __init__(self, corpus, settings, device):
@@ -158,7 +158,7 @@ class Carried:
             self.rows.append(lg.Rows(corpus, "train", settings["batch"], rows_continue, seed + 10**6 * slot))
         self.states = [None] * settings["accumulate"]  # the initial states of the next step
         self.stats = lg.StateStatistics()
-        self.noise_rng = torch.Generator(device).manual_seed(seed)
+        self.noise_rng = torch.Generator(device).manual_seed(seed + 10**9)
 
     def state_dict(self):
         rows = [slot.state_dict() for slot in self.rows]
@@ -364,8 +364,11 @@ def fill_in(args, init):
     if args.tokenizer is None:
         args.tokenizer = settings["tokenizer"] or "bytes"
 
-    # the recipe of the post-training
-    args.large = init is not None and sum(x.numel() for x in init["model"].values()) > LARGE
+    # batch and accumulate, of the base too, and zero_prob
+    args.large = False
+    if init:  # the output layer may share the weights of the embedding
+        sizes = [x.numel() for name, x in init["model"].items() if name != "lm_head.weight"]
+        args.large = sum(sizes) > LARGE
     recipe = POSTTRAIN_LARGE if args.large else POSTTRAIN
     args.batch = args.batch or recipe["batch"]
     if args.zero_prob is None:
@@ -380,23 +383,25 @@ def fill_in(args, init):
 
 def get_base(args, init, folder, corpus, common, device):
     """The base model: of --init, or of a finished run in the folder, or trained there from zero states."""
+    recipe = PRETRAIN_MIXED if args.task == "mixed" else PRETRAIN
+    settings = dict(common, intervention="zero", carry="full", zero_prob=0.0, noise_std=0.0, **recipe)
+    keys = ["task", "T", "data"]  # settings that a finished base must share
+    if not args.intervention:  # the command line is about the base alone
+        settings.update(steps=args.steps or recipe["steps"], lr=args.lr or recipe["lr"])
+        keys += ["steps", "lr", "batch", "accumulate"]
     checkpoint = init or ev.finished(folder)
     if checkpoint is None:
         print_once(f"base: none in {folder}, so it is trained first, from zero states")
         torch.manual_seed(args.seed)
         config = lg.ModelConfig(layer=args.model, vocab_size=corpus.vocab_size, **TINY_MODELS[args.model])
         model = lg.LanguageModel(config).to(device)
-        recipe = PRETRAIN_MIXED if args.task == "mixed" else PRETRAIN
-        settings = dict(common, intervention="zero", carry="full", zero_prob=0.0, noise_std=0.0, **recipe)
-        if not args.intervention:  # --steps and --lr are those of the base
-            settings.update(steps=args.steps or recipe["steps"], lr=args.lr or recipe["lr"])
         with alone_in(folder) as signals:
             train(model, corpus, settings, folder, device, signals)
         return model
 
     name = args.init or folder
     if not init:
-        check_settings(checkpoint, {key: common[key] for key in ("task", "T", "data")}, folder)
+        check_settings(checkpoint, {key: settings[key] for key in keys}, folder)
     model = lg.model_from_checkpoint(checkpoint).to(device)
     ev.check_vocabulary(model, corpus, name)
     print_once(f"base: {name}")

@@ -382,8 +382,8 @@ def test_forgetting_faster_is_the_loss_with_the_changed_decay_beyond_4_T(corpus)
         return (total / count).tolist()
 
     options = dict(B=2, windows=8)
-    minus = ev.measure_minus(model, "echo", corpus, 50, **options, amounts=[0, 0.5])
-    times = ev.measure_times(model, "echo", corpus, 50, **options, amounts=[1, 3])
+    minus = ev.MEASURES["minus"][0](model, "echo", corpus, 50, **options, amounts=[0, 0.5])
+    times = ev.MEASURES["times"][0](model, "echo", corpus, 50, **options, amounts=[1, 3])
     for measured, changes in (
         (minus, [lambda log_a: log_a, lambda log_a: log_a - 0.5]),
         (times, [lambda log_a: log_a, lambda log_a: 3 * log_a]),

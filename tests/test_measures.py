@@ -140,6 +140,17 @@ def test_position_ranges_are_powers_of_two_and_the_steps_between_in_units_of_T()
     assert got["x"] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
+def test_a_range_without_targets_of_a_part_is_no_number_and_every_list_is_as_long(monkeypatch):
+    def no_echo(rows, T):
+        tokens, part = lg.echo(rows, T)
+        return tokens, np.where(part == 2, 0, part)
+
+    monkeypatch.setitem(lg.TASKS, "echo", (no_echo, 16, ("text", "echo")))
+    got = lg.position_wise(make_model(), "echo", make_corpus(), 16, 1, windows=2)
+    assert np.isfinite(got["text"]).all() and np.isnan(got["echo"]).all()
+    assert len(got["x"]) == len(got["text"]) == len(got["echo"]) == 2
+
+
 def test_positions_that_make_no_measure_are_named():
     model, tokens = make_model(C=11), np.zeros((2, 41), dtype=np.int64)
     for measure, message in (

@@ -395,8 +395,10 @@ def test_a_diverging_run_is_one_sentence_and_exit_code_1(out, monkeypatch, capsy
     assert not (out / "mamba2-echo-base-s0" / "checkpoint.pt").exists()
 
 
-def test_a_base_of_another_model_or_tokenizer_is_refused(out):
+def test_a_base_of_another_model_tokenizer_or_recipe_is_refused(out):
     run()
+    with pytest.raises(ValueError, match="holds a run with steps 3, not 4: choose another --out"):
+        run(steps=4)
     with pytest.raises(ValueError, match="is a mamba2, no gla: leave --model out"):
         run("--init", out / "mamba2-echo-base-s0", "--intervention", "zero", "--model", "gla")
     np.tile(np.array([0, 300], dtype=np.uint16), 500).tofile("a.bin")
