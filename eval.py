@@ -233,14 +233,15 @@ def measure_packed(model, task, corpus, T, B, windows):
 
 
 def measure_passkey(model, task, corpus, T, B, lengths):
-    """The share of windows whose five digits come first in the greedy continuation."""
+    """The share of windows whose five digits come first in the greedy continuation, by their distance."""
     measured = {"x": lengths}
-    for depth in (0.1, 0.5, 0.9):
+    for distance in (1, 3, 8):
         shares = []
         for length in lengths:
+            depth = max(0, 1 - distance / length)
             tokens, part = lg.passkey(lg.Rows(corpus, "val", B, False, 0), T * length, depth)
             shares.append(exact_match(model, tokens, part == 2))
-        measured[f"key at depth {depth}"] = shares
+        measured[f"the key is {distance} T back"] = shares
     return measured
 
 
@@ -285,7 +286,7 @@ MEASURES = {  # name: (function, how much it measures, the labels of the axes); 
         "loss beyond 4 T (nats)",
     ),
     "packed": (measure_packed, dict(B=256, windows=4), AT, "accuracy"),
-    "passkey": (measure_passkey, dict(B=16, lengths=[1, 2, 4, 8, 16, 32, 64, 128]), "length (T)", "accuracy"),
+    "passkey": (measure_passkey, dict(B=32, lengths=[1, 2, 4, 8, 16, 32, 64, 128]), "length (T)", "accuracy"),
     "babilong": (measure_babilong, dict(B=64, lengths=[1, 2, 4, 8, 16]), "length (T)", "accuracy"),
 }
 PAIR = ["base", "state_passing"]
@@ -446,9 +447,8 @@ PLAN = {  # experiment: command lines in the order of dependence; {base} is the 
     ],
     "passkey": [  # the base of echo can repeat what it has just read
         "--task echo",
-        "--task passkey --init {base} --T 640 --batch 8 --steps 300 --lr 3e-3 --zero-prob 0.1"
-        " --intervention zero",
-        "--task passkey --init {base} --T 640 --batch 8 --steps 300 --lr 3e-3 --zero-prob 0.1"
+        "--task passkey --init {base} --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1 --intervention zero",
+        "--task passkey --init {base} --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1"
         " --intervention fitted_noise",
     ],
     "babilong": [
