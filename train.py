@@ -44,7 +44,7 @@ TINY_MODELS = {  # they learn echo on a laptop in minutes
 }
 # hold: the share of the steps after which the learning rate begins to fall; 0 is the paper's schedule
 PRETRAIN = dict(steps=1400, lr=3e-3, hold=0.0)
-PRETRAIN_MIXED = dict(steps=3680, lr=5e-3, hold=0.85)  # with less, plain text hardly breaks
+PRETRAIN_MIXED = dict(steps=1840, lr=5e-3, hold=0.85)  # with less, plain text hardly breaks
 POSTTRAIN = dict(steps=500, lr=1e-3, batch=64, zero_prob=0.5)
 # Models above LARGE parameters take the paper's steps and tokens, and no zero starts. The paper does not give
 # its learning rate; ours is the geometric mean of the peak of pre-training (6e-4 to 2e-4) and FINAL_LR.
