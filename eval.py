@@ -235,9 +235,9 @@ def measure_effrem(model, task, corpus, T, rows):
 
 
 def measure_packed(model, task, corpus, T, rows, windows):
-    """The mean of lengthgen.accuracy in each window of a stream of packed strings."""
+    """The mean of lengthgen.accuracy over the copied letters in each window of a stream of packed strings."""
     tokens, part = lg.stream(lg.copy, lg.Rows(corpus, "val", rows, True, 0), T, windows)
-    right = lg.accuracy(model, tokens, part).unflatten(1, (windows, T))
+    right = lg.accuracy(model, tokens, part == 1).unflatten(1, (windows, T))
     return {"x": list(range(1, windows + 1)), "packed strings": right.nanmean((0, 2)).tolist()}
 
 

@@ -192,12 +192,14 @@ def test_the_passkey_is_asked_for_at_the_end_and_hidden_at_its_depth(corpus):
         ("garden or office.", "garden", "Where is Mary?", 1, False),
         ("kitchen, before that the garden.", "garden", "Where was the milk before the kitchen?", 3, True),
         ("I see. garden", "garden", "Where is Mary?", 1, False),
+        ("garden <example> office", "garden", "Where is Mary?", 1, True),
+        ("garden\n<Context>office", "garden", "Where is Mary?", 1, True),
         ("", "garden", "Where is Mary?", 1, False),
         ("milk", "milk", "What did Bill give to Fred?", 5, True),
         ("Bill gave it to Mary", "Mary", "Who did Bill give the milk to?", 5, True),
         ("Jeff gave it to Mary", "Mary", "Who did Bill give the milk to?", 5, False),
     ],
-    ids="right capitals wrong two label-in-question after-stop nothing object person two-people".split(),
+    ids="right capitals wrong two in-question after-stop example tag nothing object person people".split(),
 )
 def test_babilong_scores_the_only_label_before_the_stop(output, answer, question, qa, right):
     assert lg.babilong_score(output, answer, question, qa) == right
@@ -272,7 +274,13 @@ def test_copy_makes_one_string_of_any_length(corpus):
     tokens, part = lg.copy(lg.Rows(corpus, "val", 4, False, 0), 2 * 33 + 3, 33, 33)
     for row, mask in zip(tokens, part, strict=True):
         string = decode(row[1:34])
-        assert decode(row) == f"${string}|{string}.$" and decode(row[1:][mask == 1]) == f"{string}."
+        assert decode(row) == f"${string}|{string}.$"
+        assert decode(row[1:][mask == 1]) == string and decode(row[1:][mask == 2]) == "."
+
+
+def test_the_accuracy_of_copying_is_that_of_the_letters_alone(corpus):
+    model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
+    assert ev.measure_packed(model, "copy", corpus, 64, rows=4, windows=2)["packed strings"] == [0, 0]
 
 
 def test_tasks_of_bytes_refuse_other_vocabularies(corpus):
@@ -318,7 +326,7 @@ def make_toys(set_attribute, corpus):
     set_attribute(ev, "PLAN", toy_plan)
     set_attribute(ev, "run_train", run_train)
     set_attribute(train, "TINY_MODELS", TOY_MODELS)
-    set_attribute(train, "PRETRAIN", dict(steps=2, lr=1e-3))
+    set_attribute(train, "PRETRAIN", dict(steps=2, lr=1e-3, hold=0.0))
     set_attribute(lg, "load_corpus", lambda *args: corpus)
     ev.default_corpus.cache_clear()
 
