@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -606,6 +607,37 @@ def test_a_cut_off_results_file_is_named_and_kept(reproduced, toys, name):
     finally:
         with open(file, "w") as f:
             f.write(whole)
+
+
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("results.json", [], "DEEP"),
+        ("results.json", [], 7),
+        ("results.json", ["mamba2"], [1]),
+        ("eval-state.json", ["settings"], "DEEP"),
+        ("eval-state.json", ["value"], 7),
+        ("eval-state.json", ["value", "x"], None),
+        ("eval-state.json", ["value", "the full state"], [1]),
+        ("eval-state.json", ["value", "the full state", 0], "two"),
+        ("eval-state.json", ["value", "the full state", 0], 1e308),
+    ],
+)
+def test_results_of_another_structure_are_one_sentence(reproduced, toys, name, place, value):
+    file = next(iter(pathlib.Path(reproduced).rglob(name)))
+    whole = file.read_text()
+    nest = content = [json.loads(whole)]
+    *places, last = [0, *place]
+    for key in places:
+        nest = nest[key]
+    nest[last] = value
+    file.write_text(json.dumps(content[0]).replace('"DEEP"', "[" * 10**5))
+    try:
+        with pytest.raises(ValueError, match=f"{name}.* cannot be read as .*: remove it: ") as caught:
+            ev.main(["state", "--out", reproduced, "--device", "cpu"])
+        assert "\n" not in str(caught.value)
+    finally:
+        file.write_text(whole)
 
 
 def test_a_figure_without_its_runs_ends_with_exit_code_2_and_the_command(tmp_path):
