@@ -67,7 +67,10 @@ def panels_of(name, found):
         if title != "x":
             curves = {}
             for label, measured in found.items():
-                curves[label] = (measured[0]["x"], [m[title] for m in measured])
+                with lg.door(f"eval-{name}.json of {' or '.join(found)}", "a measurement: remove it"):
+                    numbers = np.array([[m["x"], m[title]] for m in measured], float)  # (seeds, 2, n)
+                    assert numbers.ndim == 3 and not (abs(numbers) > 1e100).any(), "no rows of plain numbers"
+                curves[label] = (numbers[0, 0].tolist(), numbers[:, 1].tolist())
             panels.append(Panel(title, xlabel, ylabel, curves))
     return panels
 
@@ -226,9 +229,9 @@ def measure_effrem(model, task, corpus, T, B):
 
 
 def measure_packed(model, task, corpus, T, B, windows):
-    """The mean of lengthgen.accuracy in each window of a stream of packed strings."""
+    """The mean of lengthgen.accuracy over the copied letters in each window of a stream of packed strings."""
     tokens, part = lg.stream(lg.copy, lg.Rows(corpus, "val", B, True, 0), T, windows)
-    right = lg.accuracy(model, tokens, part).unflatten(1, (windows, T))
+    right = lg.accuracy(model, tokens, part == 1).unflatten(1, (windows, T))
     return {"x": list(range(1, windows + 1)), "packed strings": right.nanmean((0, 2)).tolist()}
 
 
@@ -337,7 +340,8 @@ def finished(folder):
     if not os.path.exists(os.path.join(folder, lg.CHECKPOINT)):
         return None
     checkpoint = lg.load_checkpoint(folder)
-    return checkpoint if checkpoint["step"] == checkpoint["settings"]["steps"] else None
+    with lg.door(folder, "a run of train.py"):
+        return checkpoint if checkpoint["step"] == checkpoint["settings"]["steps"] else None
 
 
 class MissingRuns(ValueError):
@@ -390,12 +394,12 @@ def measure_run(name, task, folder, device):
     file = os.path.join(folder, f"eval-{name}.json")
     kept = read_json(file)
     is_old = not kept or os.path.getmtime(file) < os.path.getmtime(os.path.join(folder, lg.CHECKPOINT))
-    if is_old or kept["settings"] != settings:
+    if is_old or kept.get("settings") != settings or len(kept.get("value", "")) < 2:
         print(f"  {name} of {folder} ...", flush=True)
         checkpoint = lg.load_checkpoint(folder)
         trained = checkpoint["settings"]
-        if trained["data"] != default_corpus().name:
-            found = f"was trained on {trained['data']}, not on {default_corpus().name}"
+        if trained.get("data") != default_corpus().name:
+            found = f"was trained on {trained.get('data')}, not on {default_corpus().name}"
             raise ValueError(f"{folder} {found}: choose another --out")
         model = lg.model_from_checkpoint(checkpoint).to(device).eval()
         value = function(model, task, default_corpus(), trained["T"], **settings)
@@ -411,11 +415,11 @@ def versions():
 
 
 def read_json(file):
-    """A dictionary from a file that eval.py wrote, {} if there is none; ValueError if the file is damaged."""
+    """Dictionaries in one, from a file that eval.py wrote; {} if there is none, ValueError if damaged."""
     if not os.path.exists(file):
         return {}
     with lg.door(file, "results of eval.py: remove it"), open(file) as f:
-        return dict(json.load(f))
+        return {key: dict(value) for key, value in json.load(f).items()}
 
 
 def write_json(file, value):

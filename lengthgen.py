@@ -28,7 +28,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ class ModelConfig:
     num_heads: int = 4  # H
     expand_k: float = 0.5  # H * K = expand_k * D
     expand_v: float = 1.0  # H * V = expand_v * D
-    hidden_ratio: int = 4  # the MLP is about 2/3 * hidden_ratio * D wide
+    hidden_ratio: float = 4  # the MLP is about 2/3 * hidden_ratio * D wide
     gate_low_rank_dim: int = 16
     # how to compute, which changes no result
     backend: str | None = None  # a scan of kernels.py; None lets scan() choose
@@ -77,6 +77,8 @@ class ModelConfig:
     def __post_init__(self):
         assert self.layer in OFFICIAL_DEFAULTS, f"unknown layer {self.layer!r}: mamba2, gla or mamba1"
         assert self.backend in (None, *BACKENDS), f"unknown backend {self.backend!r}: {list(BACKENDS)}"
+        for f in fields(self):
+            assert isinstance(getattr(self, f.name), (f.type, int)), f"{f.name} must be {f.type}"
         for name, value in OFFICIAL_DEFAULTS[self.layer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -598,7 +600,10 @@ class Rows:
 
     def load_state_dict(self, saved):
         self.rng.set_state(saved["rng"])
-        self.at = saved["at"]
+        self.at = at = saved["at"]
+        if at is not None:
+            in_text = at.shape == (self.B,) and 0 <= at.min() <= at.max() <= len(self.tokens)
+            assert in_text and at.dtype == torch.int64, f"{self.B} rows cannot go on from the places {at}"
 
     def next_batch(self, n, overlap=0, inside_document=False):
         """(B, n) int64 tokens. Rows that continue advance by n - overlap, and wrap around at the text's end.
@@ -673,10 +678,10 @@ def copy(rows, T, shortest=5, longest=20):
 
     input    $  x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
-    part     0  0  0  0  0  0  1  1  1  1  1  1  0  ...    1 the copy and the stop
+    part     0  0  0  0  0  0  1  1  1  1  1  2  0  ...    1 copy, 2 stop, which no accuracy counts
 
-    Every window starts a new string and cuts its last one off: rows that continue carry only their state.
-    With T = 2n + 3 and shortest = longest = n the window is one string of n letters.
+    Every window starts a new string: rows that continue carry only their state. What it cuts off is not
+    trained on, as in their code. With T = 2n + 3 and shortest = longest = n it is one string of n letters.
     """
     if T < 2 * longest + 3:  # a window could hold nothing to copy, and the loss over nothing is no number
         raise ValueError(f"copy needs a T of at least {2 * longest + 3}, the longest string twice, got {T}")
@@ -690,9 +695,9 @@ def copy(rows, T, shortest=5, longest=20):
             string = np.concatenate([[ord("$")], letters, [ord("|")], letters, [ord(".")]])
             stop = min(start + len(string), T)
             tokens[b, start:stop] = string[: stop - start]
-            part[b, start + n + 1 : start + 2 * n + 2] = 1
+            if start + len(string) <= T:
+                part[b, start + n + 1 : stop - 1] = [1] * n + [2]
             start += len(string)
-    part[:, -1] = 0  # its target opens the next window
     return tokens, part
 
 
@@ -827,7 +832,7 @@ TASKS = {  # name: (function, default T, names of the parts)
     "echo": (echo, 50, ("text", "echo")),
     "mixed": (mixed, 50, ("text", "echo")),
     "text": (text, 256, ("text",)),
-    "copy": (copy, 64, ("copy",)),
+    "copy": (copy, 64, ("copy", "stop")),
     "passkey": (passkey, 160, ("mention", "key")),
     "babilong": (babilong, 256, ("answer",)),
 }
@@ -1051,9 +1056,9 @@ def effective_remembrance(model, tokens, starts, end):
 
 
 def babilong_score(output, answer, question, qa):
-    """BABILong's rule: before the first '.', the answer is the only label that the question does not name."""
+    """BABILong's rule: before the first '.' or tag, the answer is the only label not in the question."""
     labels = ROOMS if qa < 5 else RECEIVERS + OBJECTS
-    sentence = output.lower().split(".")[0]
+    sentence = re.split(r"\.|<context>|<example>", output.lower())[0]
     named = {x for x in labels if x.lower() in sentence and x not in question}
     return named == {answer}
 
@@ -1407,7 +1412,11 @@ def load_checkpoint(name_or_folder):
     if not file.endswith((".safetensors", ".json", ".bin")):
         with door(file, "a checkpoint of train.py"):
             checkpoint = read_pickle(file)
-            require("the type of its settings", type(checkpoint["settings"]), dict)
+            settings = checkpoint["settings"] = dict(task="text", T=2048) | checkpoint["settings"]
+            for name, value in settings.items():
+                kind = dict(T=int, tokenizer=str | None).get(name, str | int | float | None)
+                assert isinstance(value, kind), f"its {name} is {value!r}"
+            assert settings["task"] in TASKS and 0 < settings["T"] <= 10**7, f"its settings are {settings}"
             config = ModelConfig(**checkpoint["config"])
             checkpoint["model"], _ = load_weights(config, checkpoint["model"])
         return checkpoint

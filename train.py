@@ -150,33 +150,46 @@ class Carried:
     of the step before, so that the previous batch is the whole batch, as in the paper.
     """
 
-    def __init__(self, corpus, settings, device):
+    def __init__(self, model, corpus, settings):
         _, rows_continue = lg.INTERVENTIONS[settings["intervention"]]
         seed = 1000 * settings["seed"] + rank()
         self.rows = []
+        self.states = []  # the initial states of the next step
         for slot in range(settings["accumulate"]):
             self.rows.append(lg.Rows(corpus, "train", settings["batch"], rows_continue, seed + 10**6 * slot))
-        self.states = [None] * settings["accumulate"]  # the initial states of the next step
+            self.states.append(model.zero_state(settings["batch"]))
         self.stats = lg.StateStatistics()
-        self.noise_rng = torch.Generator(device).manual_seed(seed + 10**9)
+        self.noise_rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed + 10**9)
 
     def state_dict(self):
+        # on the CPU, because the first rank gathers what the others hold on their own GPUs
         rows = [slot.state_dict() for slot in self.rows]
         states = [lg.map_state(torch.Tensor.cpu, state) for state in self.states]
-        rng = self.noise_rng.get_state()
-        return dict(rows=rows, states=states, stats=vars(self.stats), noise_rng=rng)
+        stats = dict(vars(self.stats))
+        for name in ("mean", "mean_square"):
+            stats[name] = lg.map_state(torch.Tensor.cpu, stats[name])
+        return dict(rows=rows, states=states, stats=stats, noise_rng=self.noise_rng.get_state())
 
-    def load_state_dict(self, saved, device):
-        def on_device(state):
-            return lg.map_state(lambda x: x.to(device), state)
-
+    def load_state_dict(self, saved, step):
         for slot, saved_rows in zip(self.rows, saved["rows"], strict=True):
             slot.load_state_dict(saved_rows)
-        self.states = [on_device(state) for state in saved["states"]]
-        self.stats.count = saved["stats"]["count"]
-        self.stats.mean = on_device(saved["stats"]["mean"])
-        self.stats.mean_square = on_device(saved["stats"]["mean_square"])
         self.noise_rng.set_state(saved["noise_rng"])
+        self.stats.update(self.states[0])  # of zeros: statistics with the right layout
+        self.stats.count = step * len(self.rows)
+        fill(self.states, saved["states"], "states")
+        fill(vars(self.stats), saved["stats"], "statistics")
+
+
+def fill(fresh, saved, name):
+    """Copy the tensors of a file into fresh ones, in nests of dictionaries and lists that must be alike."""
+    if isinstance(fresh, torch.Tensor):
+        lg.require(f"the shape of {name}", saved.shape, fresh.shape)
+        fresh.copy_(saved)
+        lg.require(f"that {name} is finite", bool(fresh.isfinite().all()), True)
+    elif isinstance(fresh, (dict, list, tuple)):
+        lg.require(f"the number of {name}", len(saved), len(fresh))
+        for key in fresh if isinstance(fresh, dict) else range(len(fresh)):
+            fill(fresh[key], saved[key], f"{name} {key}")
 
 
 def train(model, corpus, settings, folder, device, signals):
@@ -192,12 +205,12 @@ def train(model, corpus, settings, folder, device, signals):
     if s["intervention"] == "random_noise":
         intervention = functools.partial(intervention, std=s["noise_std"])
     optimizer = make_optimizer(model)
-    carried = Carried(corpus, s, device)
+    carried = Carried(model, corpus, s)
 
     # go on from the last checkpoint of this run
     first_step, seconds_before = 0, 0.0
     if os.path.exists(os.path.join(folder, lg.CHECKPOINT)):
-        first_step, seconds_before = load_run(folder, s, model, optimizer, carried, device)
+        first_step, seconds_before = load_run(folder, s, model, optimizer, carried)
         if first_step == s["steps"]:
             print_once(f"{folder}: found, all {first_step} steps")
             return
@@ -319,7 +332,7 @@ def is_metric(line, last_step):
     """Whether a line is whole, and of a step up to the last one: a power cut may have torn it."""
     try:
         return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -335,15 +348,23 @@ def save_run(folder, settings, model, optimizer, carried, step, seconds):
         lg.write_atomically(os.path.join(folder, lg.CHECKPOINT), functools.partial(torch.save, checkpoint))
 
 
-def load_run(folder, settings, model, optimizer, carried, device):
+@torch.no_grad()
+def load_run(folder, settings, model, optimizer, carried):
     """Load what save_run wrote into model, optimizer and carried. Returns its step and its seconds."""
     saved = lg.load_checkpoint(folder)
     check_settings(saved, settings, folder)
     with lg.door(folder, "a run of train.py"):
+        step, seconds = saved["step"], saved["seconds"]
+        is_step = type(step) is int and 0 < step <= settings["steps"]
+        assert is_step and 0 <= seconds < 1e9, f"it claims to be at step {step} after {seconds} seconds"
+        # a step of length 0 makes the moments of the optimizer, which are then filled
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        fill(optimizer.state_dict()["state"], saved["optimizer"]["state"], "moments")
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        carried.load_state_dict(saved["ranks"][rank()], device)
-        return saved["step"], saved["seconds"]
+        carried.load_state_dict(saved["ranks"][rank()], step)
+        return step, float(seconds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,9 +437,8 @@ def check_settings(checkpoint, settings, folder):
     for key, value in settings.items():
         found = checkpoint["settings"].get(key)
         if found != value:
-            raise ValueError(
-                f"{folder} holds a run with {key} {found!r}, not {value!r}: choose another --out or remove it"
-            )
+            held = f"{folder} holds a run with {key} {found!r}, not {value!r}"
+            raise ValueError(f"{held}: choose another --out or remove it")
 
 
 def measure(model, args, corpus):

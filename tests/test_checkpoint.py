@@ -7,6 +7,8 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import zipfile
 
@@ -551,6 +553,14 @@ def test_a_safetensors_file_that_lies_is_one_clear_error(spoil, message, tmp_pat
     with pytest.raises(ValueError, match=message) as caught:
         lg.LanguageModel.from_pretrained(str(tmp_path))
     assert "model.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_files_of_every_kind_are_refused_or_read():
+    """In a process of their own, because a crash would end this one."""
+    script = os.path.join(os.path.dirname(__file__), "fuzz_files.py")
+    needs("safetensors")
+    done = subprocess.run([sys.executable, "-W", "ignore", script, "500"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -192,12 +193,14 @@ def test_the_passkey_is_asked_for_at_the_end_and_hidden_at_its_depth(corpus):
         ("garden or office.", "garden", "Where is Mary?", 1, False),
         ("kitchen, before that the garden.", "garden", "Where was the milk before the kitchen?", 3, True),
         ("I see. garden", "garden", "Where is Mary?", 1, False),
+        ("garden <example> office", "garden", "Where is Mary?", 1, True),
+        ("garden\n<Context>office", "garden", "Where is Mary?", 1, True),
         ("", "garden", "Where is Mary?", 1, False),
         ("milk", "milk", "What did Bill give to Fred?", 5, True),
         ("Bill gave it to Mary", "Mary", "Who did Bill give the milk to?", 5, True),
         ("Jeff gave it to Mary", "Mary", "Who did Bill give the milk to?", 5, False),
     ],
-    ids="right capitals wrong two label-in-question after-stop nothing object person two-people".split(),
+    ids="right capitals wrong two in-question after-stop example tag nothing object person people".split(),
 )
 def test_babilong_scores_the_only_label_before_the_stop(output, answer, question, qa, right):
     assert lg.babilong_score(output, answer, question, qa) == right
@@ -272,7 +275,13 @@ def test_copy_makes_one_string_of_any_length(corpus):
     tokens, part = lg.copy(lg.Rows(corpus, "val", 4, False, 0), 2 * 33 + 3, 33, 33)
     for row, mask in zip(tokens, part, strict=True):
         string = decode(row[1:34])
-        assert decode(row) == f"${string}|{string}.$" and decode(row[1:][mask == 1]) == f"{string}."
+        assert decode(row) == f"${string}|{string}.$"
+        assert decode(row[1:][mask == 1]) == string and decode(row[1:][mask == 2]) == "."
+
+
+def test_the_accuracy_of_copying_is_that_of_the_letters_alone(corpus):
+    model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
+    assert ev.measure_packed(model, "copy", corpus, 64, rows=4, windows=2)["packed strings"] == [0, 0]
 
 
 def test_tasks_of_bytes_refuse_other_vocabularies(corpus):
@@ -598,6 +607,37 @@ def test_a_cut_off_results_file_is_named_and_kept(reproduced, toys, name):
     finally:
         with open(file, "w") as f:
             f.write(whole)
+
+
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("results.json", [], "DEEP"),
+        ("results.json", [], 7),
+        ("results.json", ["mamba2"], [1]),
+        ("eval-state.json", ["settings"], "DEEP"),
+        ("eval-state.json", ["value"], 7),
+        ("eval-state.json", ["value", "x"], None),
+        ("eval-state.json", ["value", "the full state"], [1]),
+        ("eval-state.json", ["value", "the full state", 0], "two"),
+        ("eval-state.json", ["value", "the full state", 0], 1e308),
+    ],
+)
+def test_results_of_another_structure_are_one_sentence(reproduced, toys, name, place, value):
+    file = next(iter(pathlib.Path(reproduced).rglob(name)))
+    whole = file.read_text()
+    nest = content = [json.loads(whole)]
+    *places, last = [0, *place]
+    for key in places:
+        nest = nest[key]
+    nest[last] = value
+    file.write_text(json.dumps(content[0]).replace('"DEEP"', "[" * 10**5))
+    try:
+        with pytest.raises(ValueError, match=f"{name}.* cannot be read as .*: remove it: ") as caught:
+            ev.main(["state", "--out", reproduced, "--device", "cpu"])
+        assert "\n" not in str(caught.value)
+    finally:
+        file.write_text(whole)
 
 
 def test_a_figure_without_its_runs_ends_with_exit_code_2_and_the_command(tmp_path):

@@ -22,6 +22,7 @@ import train
 ROOT = pathlib.Path(__file__).parents[1]
 FLOAT32 = 1e-5  # float32 losses of windows against those of the uncut stream
 RANKS = 1e-4  # weights after 3 steps of 1e-3: the order of additions, which AdamW's division magnifies
+ACCUMULATED = 1e-5  # after 5 steps of 1e-3 and 3e-3
 FILES = ["checkpoint.pt", "metrics.jsonl", "position_wise.png"]
 
 
@@ -263,6 +264,38 @@ def test_a_finished_run_is_found_and_not_repeated(out, monkeypatch, capsys):
     assert len(table) == 4
 
 
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(3)), "shape of moments 1 exp_avg"),
+        (lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.ones(1).expand(3)), "shape of moments 1"),
+        (lambda c: c["optimizer"]["state"].pop(1), "the number of moments"),
+        (lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "moments 0 exp_avg is finite"),
+        (lambda c: c.update(step=0), "at step 0 after"),
+        (lambda c: c.update(step=10**7), "at step 10000000 after"),
+        (lambda c: c.update(seconds=math.nan), "at step 2 after nan seconds"),
+        (lambda c: c.update(ranks=[]), "IndexError"),
+        (lambda c: c["ranks"][0]["states"].append(c["ranks"][0]["states"][0]), "the number of states"),
+        (lambda c: c["ranks"][0].update(stats=5), "TypeError"),
+        (lambda c: c["ranks"][0]["stats"]["mean"].pop(), "the number of statistics mean"),
+        (lambda c: c["ranks"][0]["rows"][0]["at"].fill_(-5), "2 rows cannot go on from the places"),
+        (lambda c: c["ranks"][0]["rows"][0]["at"].fill_(10**6), "2 rows cannot go on from the places"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_gone_on_from(spoil, message, out, monkeypatch):
+    stop_after(monkeypatch, 3, 3, save_every=2)
+    with pytest.raises(Stopped):
+        run()
+    file = out / "mamba2-echo-base-s0" / lg.CHECKPOINT
+    checkpoint = torch.load(file)
+    spoil(checkpoint)
+    torch.save(checkpoint, file)
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=f"cannot be read as a run of train.py: .*{message}") as caught:
+        run()
+    assert snapshot(out) == before and "\n" not in str(caught.value)
+
+
 def test_another_run_in_the_folder_is_not_written_over(out, monkeypatch):
     run("--intervention", "tbtt")
     stop_after(monkeypatch, 3, 3, save_every=2)
@@ -446,15 +479,21 @@ destroy()
 """
 
 
-def test_two_ranks_train_on_the_mean_of_their_gradients_share_statistics_and_go_on(out):
-    pathlib.Path("ranks.py").write_text(TWO_RANKS)
+def in_two_ranks(program):
+    """What torchrun --nproc-per-node 2 says of a program."""
+    pathlib.Path("ranks.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py"],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ranks: 2, each with its own rows and states") == 1  # one of them speaks
+    return done.stdout
+
+
+def test_two_ranks_train_on_the_mean_of_their_gradients_share_statistics_and_go_on(out):
+    printed = in_two_ranks(TWO_RANKS)
+    assert printed.count("ranks: 2, each with its own rows and states") == 1  # one of them speaks
 
     # the base is that of a loop over both ranks' rows
     corpus = lg.load_corpus(["text.txt"])
@@ -497,6 +536,39 @@ def test_two_ranks_train_on_the_mean_of_their_gradients_share_statistics_and_go_
     with pytest.raises(ValueError, match="holds a run with ranks 2, not 1"):
         options = "--task text --T 8 --batch 2 --steps 4 --lr 1e-3 --intervention fitted_noise --out a"
         train.main(["--data", "text.txt", *options.split()])
+
+
+ACCUMULATE = """
+import torch.distributed as dist
+import lengthgen as lg, train
+from test_train import two_rows
+
+all_reduce, reduced = dist.all_reduce, []
+dist.all_reduce = lambda x: (reduced.append(tuple(x.shape)), all_reduce(x))
+lg.position_wise = two_rows(lg.position_wise)
+train.PRETRAIN["steps"] = 2
+train.TINY_MODELS["mamba2"] = dict(d_model=8, n_layer=2, d_state=4, headdim=8)
+train.main("--data text.txt --T 8 --batch 2 --steps 3 --accumulate 4 --zero-prob 0"
+           " --intervention state_passing --out two".split())
+assert reduced.count((272, 8)) == 2 + 3, reduced  # the gradient of the embedding, in five steps
+"""
+
+
+def test_two_ranks_that_accumulate_equal_one_process_and_reduce_gradients_once_a_step(out, monkeypatch):
+    in_two_ranks(ACCUMULATE)
+    rows = lg.Rows
+
+    def rows_of_both(corpus, split, B, continues, seed):  # slot 5 of one process is slot 1 of rank 1
+        rank, slot = divmod(seed // 10**6, 4)
+        return rows(corpus, split, B, continues, rank + 10**6 * slot)
+
+    monkeypatch.setattr(lg, "Rows", rows_of_both)
+    run("--accumulate", 8, "--zero-prob", 0, "--intervention", "state_passing", "--out", "one")
+    for folder in ("mamba2-echo-base-s0", "mamba2-echo-state_passing-s0"):
+        one, two = (lg.load_checkpoint(f"{parent}/{folder}") for parent in ("one", "two"))
+        assert one["settings"]["ranks"] == 1 and two["settings"]["ranks"] == 2
+        for name, weight in one["model"].items():
+            assert (weight - two["model"][name]).abs().max() < ACCUMULATED, name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -560,6 +632,7 @@ def test_lines_of_metrics_that_are_torn_or_no_text_are_left_out(out, tmp_path):
         b"[3]\n",
         b'{"step": 3}\n',
         b'{"step": 9}\n',
+        b"[" * 10**5 + b"\n",
     ]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
     train.start_metrics(str(tmp_path), 3)
