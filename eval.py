@@ -67,7 +67,7 @@ def panels_of(name, found):
         if title != "x":
             curves = {}
             for label, measured in found.items():
-                with lg.door(f"eval-{name}.json of {' or '.join(found)}", "a measurement: remove it"):
+                with lg.reading(f"eval-{name}.json of {' or '.join(found)}", "a measurement: remove it"):
                     numbers = np.array([[m["x"], m[title]] for m in measured], float)  # (seeds, 2, n)
                     assert numbers.ndim == 3 and not (abs(numbers) > 1e100).any(), "no rows of plain numbers"
                 curves[label] = (numbers[0, 0].tolist(), numbers[:, 1].tolist())
@@ -340,7 +340,7 @@ def finished(folder):
     if not os.path.exists(os.path.join(folder, lg.CHECKPOINT)):
         return None
     checkpoint = lg.load_checkpoint(folder)
-    with lg.door(folder, "a run of train.py"):
+    with lg.reading(folder, "a run of train.py"):
         return checkpoint if checkpoint["step"] == checkpoint["settings"]["steps"] else None
 
 
@@ -418,7 +418,7 @@ def read_json(file):
     """Dictionaries in one, from a file that eval.py wrote; {} if there is none, ValueError if damaged."""
     if not os.path.exists(file):
         return {}
-    with lg.door(file, "results of eval.py: remove it"), open(file) as f:
+    with lg.reading(file, "results of eval.py: remove it"), open(file) as f:
         return {key: dict(value) for key, value in json.load(f).items()}
 
 

@@ -1068,7 +1068,7 @@ def babilong_score(output, answer, question, qa):
 
 
 @contextlib.contextmanager
-def door(file, what):
+def reading(file, what):
     """Turn any error of the block, which reads `file`, into a ValueError of one line.
 
     A damaged file can make a library raise anything, even a panic of its Rust code, which is no Exception.
@@ -1104,7 +1104,7 @@ class HuggingFaceEncoding(tiktoken.Encoding):
     """
 
     def __init__(self, file):
-        with door(file, "a byte-level BPE tokenizer like GPT-NeoX's"):
+        with reading(file, "a byte-level BPE tokenizer like GPT-NeoX's"):
             tokenizer = json.loads(Path(file).read_bytes())
             model, pre = tokenizer["model"], tokenizer["pre_tokenizer"]
             require("the model", model["type"], "BPE")
@@ -1192,7 +1192,7 @@ def load_encoding(name):
         return BYTES
     names = tiktoken.list_encoding_names()
     if name in names:
-        with door(name, "a tokenizer of tiktoken"):
+        with reading(name, "a tokenizer of tiktoken"):
             encoding = tiktoken.get_encoding(name)
         encoding.special = ()
         return encoding
@@ -1278,7 +1278,7 @@ def load_bin(paths, words, special):
     """The Corpus of one .bin, memory-mapped; words None: as many as its highest token asks for."""
     if len(paths) > 1:
         raise ValueError(f"a .bin of tokens stands alone, got {len(paths)} paths")
-    with door(paths[0], "a .bin of uint16 tokens"):
+    with reading(paths[0], "a .bin of uint16 tokens"):
         tokens = np.memmap(paths[0], dtype=np.uint16, mode="r")
         highest = int(tokens.max())
         if words is not None and highest >= words:
@@ -1291,7 +1291,7 @@ def read_documents(paths):
     """Yield (key, text); the key is relative, so that a file is held out on every machine or on none."""
     for path in paths or [sysconfig.get_paths()["stdlib"]]:
         if os.path.isdir(path):
-            with door(path, "a folder of text"):
+            with reading(path, "a folder of text"):
                 os.listdir(path)  # glob takes a folder that cannot be read for an empty one
             root, files = path, glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
         elif os.path.exists(path):
@@ -1309,7 +1309,7 @@ def read_documents(paths):
 
 def read_file(file, key):
     """Yield (key, text) of a file, or of each line of a .jsonl."""
-    with door(file, "text"):
+    with reading(file, "text"):
         with open(file, encoding="utf-8", errors="replace") as f:
             lines = f.readlines()
         if any("\0" in line for line in lines):
@@ -1318,7 +1318,7 @@ def read_file(file, key):
         yield key, "".join(lines)
         return
     for i, line in enumerate(lines):
-        with door(f"{file} line {i + 1}", 'a JSON object with a "text"'):
+        with reading(f"{file} line {i + 1}", 'a JSON object with a "text"'):
             # halves of a surrogate pair, which JSON can spell, become "?"
             text = json.loads(line)["text"].encode(errors="replace").decode()
         yield f"{key}:{i:09d}", text
@@ -1329,7 +1329,7 @@ def read_babilong(file, rows):
 
     The file holds JSON objects with input, question and target, in one list or one a line.
     """
-    with door(file, "BABILong, JSON objects with input, question and target"):
+    with reading(file, "BABILong, JSON objects with input, question and target"):
         content = Path(file).read_text()
         if content.lstrip().startswith("["):
             objects = json.loads(content)
@@ -1401,7 +1401,7 @@ def load_checkpoint(name_or_folder):
     name = os.fspath(name_or_folder)
     file = path = name if os.path.exists(name) else download_model(name)
     if os.path.isdir(path):
-        with door(path, "a folder with a checkpoint"):
+        with reading(path, "a folder with a checkpoint"):
             present = os.listdir(path)
         found = [file for file in (CHECKPOINT, *WEIGHTS) if file in present]
         if not found:
@@ -1410,7 +1410,7 @@ def load_checkpoint(name_or_folder):
             )
         file = os.path.join(path, found[0])
     if not file.endswith((".safetensors", ".json", ".bin")):
-        with door(file, "a checkpoint of train.py"):
+        with reading(file, "a checkpoint of train.py"):
             checkpoint = read_pickle(file)
             settings = checkpoint["settings"] = dict(task="text", T=2048) | checkpoint["settings"]
             for name, value in settings.items():
@@ -1424,14 +1424,14 @@ def load_checkpoint(name_or_folder):
     # a file of weights of another library, and config.json beside it
     folder = os.path.dirname(file)
     config_file = os.path.join(folder, "config.json")
-    with door(config_file, "the settings of a model"):
+    with reading(config_file, "the settings of a model"):
         settings = json.loads(Path(config_file).read_bytes())
         config = import_settings(settings)
     weights = {}
     for part in read_index(file) if file.endswith(".json") else [file]:
-        with door(part, "weights"):
+        with reading(part, "weights"):
             weights.update(read_pickle(part) if part.endswith(".bin") else read_safetensors(part))
-    with door(file, "a checkpoint"):
+    with reading(file, "a checkpoint"):
         weights, dtype = load_weights(config, weights)
     config = replace(config, torch_dtype=str(dtype).removeprefix("torch."))
 
@@ -1469,7 +1469,7 @@ def download(name, file):
     if os.path.isfile(path):
         return path
     url, part = HUB.format(name=name, file=file), f"{path}.{os.getpid()}"
-    with door(url, f"{file} of {name!r}, which is not on this machine"):
+    with reading(url, f"{file} of {name!r}, which is not on this machine"):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             urllib.request.urlretrieve(url, part)  # notices a connection that breaks off
@@ -1518,7 +1518,7 @@ def import_settings(settings):
 
 def read_index(index):
     """The .safetensors files, all in its own folder, that an index.json lists."""
-    with door(index, "an index of weights"):
+    with reading(index, "an index of weights"):
         names = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
         for name in names:
             if not re.fullmatch(r"[\w.-]+\.safetensors", name):

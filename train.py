@@ -353,7 +353,7 @@ def load_run(folder, settings, model, optimizer, carried):
     """Load what save_run wrote into model, optimizer and carried. Returns its step and its seconds."""
     saved = lg.load_checkpoint(folder)
     check_settings(saved, settings, folder)
-    with lg.door(folder, "a run of train.py"):
+    with lg.reading(folder, "a run of train.py"):
         step, seconds = saved["step"], saved["seconds"]
         is_step = type(step) is int and 0 < step <= settings["steps"]
         assert is_step and 0 <= seconds < 1e9, f"it claims to be at step {step} after {seconds} seconds"

@@ -396,10 +396,10 @@ def test_a_library_that_panics_or_talks_at_length_is_one_short_line_and_an_inter
         with pytest.raises(
             ValueError, match=f"^file cannot be read as text: {type(error).__name__}"
         ) as caught:
-            with lg.door("file", "text"):
+            with lg.reading("file", "text"):
                 raise error
         assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
-    with pytest.raises(KeyboardInterrupt), lg.door("file", "text"):
+    with pytest.raises(KeyboardInterrupt), lg.reading("file", "text"):
         raise KeyboardInterrupt
 
 
