@@ -424,32 +424,33 @@ def write_json(file, value):
 # --------------------------------------------------------------------------------------------------
 # 4 The plan: command lines of train.py, which skips what is finished
 
+# not pre-trained for longer, because the base then learns by itself to drop the string before
+COPY = "--task copy --T 44 --steps 1000"
+# the base of echo can repeat what it has just read
+PASSKEY = "--task passkey --T 160 --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1"
+BABILONG = "--task babilong --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
 PLAN = {  # experiment: command lines in the order of dependence; {base} is the folder of the base of echo
     "echo": [
         "--task echo --intervention {each}",  # a line for each of INTERVENTIONS
         "--task echo --intervention state_passing --carry scan",
     ],
     "mixed": ["--task mixed --intervention {each}"],
-    "copy": [  # not pre-trained for longer, because the base then learns by itself to drop the string before
-        "--task copy --T 44 --steps 1000",
-        "--task copy --T 44 --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention zero",
-        "--task copy --T 44 --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention state_passing",
+    "copy": [
+        COPY,
+        COPY + " --lr 2e-3 --zero-prob 0.2 --intervention zero",
+        COPY + " --lr 2e-3 --zero-prob 0.2 --intervention state_passing",
     ],
-    "passkey": [  # the base of echo can repeat what it has just read
+    "passkey": [
         "--task echo",
-        "--task passkey --init {base} --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1 --intervention zero",
-        "--task passkey --init {base} --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1"
-        " --intervention fitted_noise",
+        PASSKEY + " --init {base} --intervention zero",
+        PASSKEY + " --init {base} --intervention fitted_noise",
     ],
     "babilong": [
         "--task echo --intervention state_passing",
         "--task echo --intervention tbtt",
-        "--task babilong --init {base} --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
-        " --out {out}/from-base",
-        "--task babilong --init {state_passing} --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
-        " --out {out}/from-sp",
-        "--task babilong --init {tbtt} --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
-        " --out {out}/from-tbtt",
+        BABILONG + " --init {base} --out {out}/from-base",
+        BABILONG + " --init {state_passing} --out {out}/from-sp",
+        BABILONG + " --init {tbtt} --out {out}/from-tbtt",
     ],
     "sweep": [  # batches of as many tokens
         "--task echo",
