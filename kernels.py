@@ -163,7 +163,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
 
 
 def decayed_scores(q, k, b):
-    """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: three times (..., L, K) -> (..., L, L).
+    """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: q, k, b (..., L, K) -> (..., L, L).
 
     e^(b_t - b_s) does not factor into e^(b_t) e^(-b_s): with strong decay the second overflows. But halve the
     chunk, and halve the halves: every pair s < t is parted by exactly one midpoint m, the last step of a
@@ -202,7 +202,7 @@ def decayed_scores(q, k, b):
 class TritonScan(torch.autograd.Function):
     """o and the final state. log_a is (B, T, heads, 1 or K), tile is [chunk, block, steps of a segment].
 
-    Here v and the state have H heads, of which groups may share one log_a, as they may share one q and k.
+    Here v and the state have H heads; triton_scan cuts a wide head into several, which share one log_a.
 
     Let dO_t be the gradient that arrives at o_t, R_T the one that arrives at the final state, and dS_t all
     that reaches S_t, from its own step and from the later ones. Differentiating the recurrence gives
@@ -220,7 +220,8 @@ class TritonScan(torch.autograd.Function):
         dv        k    q    dO   R_T              reverse  key      dv, and R_0 as its final state
 
     In the two roles with a transposed state K and V change places: the kernel's keys are the columns of S,
-    and a decay per key channel acts on the kernel's values. One decay per head acts on all of S.
+    and a decay per key channel acts on the kernel's values. One decay per head, "scalar" in all four roles,
+    acts on all of S.
     """
 
     @staticmethod
@@ -265,9 +266,10 @@ class TritonScan(torch.autograd.Function):
         qdq = b.new_empty((B, H, K // min(K, tile[1]), T) if decay == "scalar" else (B, T, H, K))
         launch_kernel(do, v, k, b, S.mT, tile, decay_mT, reverse=False, o=dq, leave=leave, x=q, qdq=qdq)
 
-        # dk, and the second half: in reverse time this launch subtracts k * dk and sums. At a segment's end
-        # the sum starts from R times the state without the last step's k v^T, which the dq launch leaves:
-        # that pair would be added and subtracted
+        # dk, and the second half: in reverse time this launch subtracts k * dk and sums. The sum starts from
+        # d log a_{e+1} = sum(S_e * R_e) after the last step e of a segment. This holds k_e * (R_e v_e), as
+        # does the k_e * dk_e that step e subtracts: both leave it out, so the dq launch leaves S_e without
+        # k_e v_e^T
         dk = torch.empty_like(dq)
         end_sum = (leave * R.mT).sum(3)  # (B, segments, H, K)
         dlog_a = torch.empty_like(qdq)
@@ -367,8 +369,8 @@ def states_that_enter(k, v, b, state, tile, decay, reverse):
     """The states that enter the segments, (B, segments, H, K, V), when `state` enters the first in this time.
 
     Few heads and a long sequence would leave a GPU idle, so T is cut into segments that run side by side. A
-    launch without output, which reads no q, finds what each segment adds to a state of zeros; a short loop
-    chains them.
+    launch without output, for which any q will do, finds what each segment adds to a state of zeros; a short
+    loop chains them.
     """
     chunk, _, segment = tile
     T = k.shape[1]
@@ -377,8 +379,8 @@ def states_that_enter(k, v, b, state, tile, decay, reverse):
         return state[:, None]
     enter = state[:, None].repeat(1, segments, 1, 1, 1)
     added = torch.empty_like(enter)
-    no_q = k
-    launch_kernel(no_q, k, v, b, torch.zeros_like(enter), tile, decay, reverse, leave=added)
+    any_q = k
+    launch_kernel(any_q, k, v, b, torch.zeros_like(enter), tile, decay, reverse, leave=added)
 
     # b at the last step of each chunk; summed over a segment they are its log decay
     chunk_ends = torch.arange(chunk, T + chunk, chunk, device=b.device).clamp(max=T) - 1
@@ -428,10 +430,11 @@ if triton is not None:
 
         A program owns BLOCK value columns of one head and walks through the chunks of a segment, its piece of
         the state in registers: none goes to memory on the way, no two programs add to one number, and every
-        run gives the same bits. In a chunk, with S entering and "before" meant in the time of the launch:
+        run gives the same bits. In a chunk, with S entering and "before" meant in the time of the launch, and
+        with e^x computed as 2^x, since b comes in base 2:
 
             o_t = sum_{s = t or before} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t
-            S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T            (factors of channels: inside the products)
+            S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T            (decays of channels: on their products)
 
                       decay(s, t)      c_in(t)          c_out(s)
             forward   e^(b_t - b_s)    e^(b_t)          e^(b_L - b_s)
@@ -440,7 +443,7 @@ if triton is not None:
         # Where this program works. A 1-d grid, as the other axes stop at 65535; offsets in 64 bits
         tl.static_assert(
             DECAY != "value" or qdq is not None
-        )  # there y lacks the pair s = t, which the qdq branch adds
+        )  # in this mode only the qdq branch adds the pair s = t
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)

@@ -129,7 +129,7 @@ def map_state(function, *states):
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 layer (Dao & Gu 2024): q = C, k = B, v = dt * x, log_a = -dt * exp(A_log).
+    """The Mamba-2 layer (Dao & Gu 2024): v = dt * x, log_a = -dt * exp(A_log), and q, k are its C, B.
 
     Every head has one decay, and the heads of a group share q and k.
     """
@@ -249,7 +249,7 @@ class GLA(nn.Module):
 
 
 class Mamba1(nn.Module):
-    """The Mamba layer (Gu & Dao 2023): q = C, k = B, v = dt * x, log_a = -dt * exp(A_log).
+    """The Mamba layer (Gu & Dao 2023): v = dt * x, log_a = -dt * exp(A_log), and q, k are its C, B.
 
     Every channel is a head with V = 1, and has a decay for each of its K key channels.
     """
@@ -680,8 +680,8 @@ def copy(rows, T, shortest=5, longest=20):
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     part     0  0  0  0  0  0  1  1  1  1  1  2  0  ...    1 copy, 2 stop, which no accuracy counts
 
-    Every window starts a new string: rows that continue carry only their state. What it cuts off is not
-    trained on, as in their code. With T = 2n + 3 and shortest = longest = n it is one string of n letters.
+    Every window starts a new string: rows that continue carry only their state. A string that the window's end
+    cuts off is not trained on, as in their code. T = 2n + 3 and shortest = longest = n give one string.
     """
     if T < 2 * longest + 3:  # a window could hold nothing to copy, and the loss over nothing is no number
         raise ValueError(f"copy needs a T of at least {2 * longest + 3}, the longest string twice, got {T}")
@@ -708,7 +708,7 @@ def passkey(rows, T, depth=None):
     """Five digits hidden in filler and asked for at the end, in Landmark Attention's words (2023), in bytes.
 
     <bos>The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass is green. The s
-    part 0, and 1 on                                        11111
+    part 0, and 1 on                                         11111
     |What is the pass key? The pass key is 30719<bos>              | marks joints, the filler fills the window
                                    2 on    22222
 
@@ -801,8 +801,8 @@ def babi(qa, rng):
 def babilong(rows, T, qa=None):
     """The facts of a bAbI story in order, at drawn places between lines of background text (BABILong, 2024).
 
-    <bos>import os/Mary went to the office. class A:/John moved to the garden. x/Where is Mary? office.<bos>
-    part 0, and 1 on               (here / ends a line)                                         1111111
+    <bos>import os/Mary went to the office. class A:/John moved to the garden. xWhere is Mary? office.<bos>
+    part 0, and 1 on               (here / ends a line)                                        1111111
 
     qa: 1 or 2; None draws one for each row. In bytes; the background fills the window.
     """
@@ -891,7 +891,7 @@ def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None)
     total = torch.zeros(n_bins, dtype=torch.float64)
     count = torch.zeros(n_bins, dtype=torch.int64)
     for start, logits, targets in read_stream(model, tokens, segment, state):
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").double().cpu()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").cpu().double()
         stop = start + targets.shape[1]
         bin_of = torch.from_numpy(bins[:, start:stop].astype(np.int64)).flatten()
         counted = bin_of >= 0
@@ -957,7 +957,7 @@ def accuracy(model, tokens, part):
     """
     right = []
     for _, logits, targets in read_stream(model, tokens, segment_for(len(tokens))):
-        right.append((logits.argmax(-1) == targets).double().cpu())
+        right.append((logits.argmax(-1) == targets).cpu().double())
     return torch.cat(right, 1).masked_fill(torch.from_numpy(part) == 0, math.nan)
 
 
@@ -976,7 +976,7 @@ def generate(model, tokens, n, temperature=0.0):
         token = logits.argmax(-1)
         if temperature > 0:
             # float64, in which the division by a tiny temperature does not overflow
-            token = torch.multinomial((logits.double() / temperature).softmax(-1), 1)[:, 0]
+            token = torch.multinomial((logits.cpu().double() / temperature).softmax(-1), 1)[:, 0]
         yield token
         logits, state = prefill(model, token[:, None], state)
 
@@ -991,7 +991,7 @@ def state_std(model, tokens, at):
     state = None
     for start, stop in itertools.pairwise([0, *at]):
         _, state = prefill(model, tokens[:, start:stop], state)
-        S = torch.stack([layer.scan.double() for layer in state]).cpu()  # (L, B, H, K, V)
+        S = torch.stack([layer.scan.cpu().double() for layer in state])  # (L, B, H, K, V)
         full.append(S.std(correction=0))
         layers.append(S.std((1, 2, 3, 4), correction=0))
         heads.append(S.std((1, 3, 4), correction=0))
@@ -1034,10 +1034,10 @@ def decays(model, tokens):
 def effective_remembrance(model, tokens, starts, end):
     """How much the first t tokens still matter: EffRem(t) = TV(q(.|x[0:T]), q(.|x[t:T])) (paper, section 5).
 
-    Here q is the model's distribution of the next token, and T the length of the context, which is `end`.
+    Here q is the model's distribution of the next token, and T the number of tokens so far.
     tokens: (B, N), read from a zero state; starts: ascending t, 0 < t <= end. The suffixes x[t:] run as one
     batch, which grows by B rows at each t. Returns (len(starts), B, N - end) numbers in [0, 1], for the
-    predictions after the tokens end, ..., N - 1.
+    predictions after T = end + 1, ..., N tokens.
     """
     assert list(starts) == sorted({*starts}) and 0 < starts[0] and starts[-1] <= end, f"{starts}, end {end}"
     tokens = torch.as_tensor(tokens).to(model.lm_head.weight.device)
@@ -1194,7 +1194,7 @@ def load_encoding(name):
     if name in names:
         with reading(name, "a tokenizer of tiktoken"):
             encoding = tiktoken.get_encoding(name)
-        encoding.special = ()
+        encoding.special = (encoding.eot_token,)  # also between the documents of nanoGPT's .bin files
         return encoding
     file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
     if not os.path.exists(name) and HUB_NAME.fullmatch(name):

@@ -5,9 +5,9 @@
 is the main job: it pre-trains the tiny base model on echo if there is none, post-trains it, and ends with a
 table and a picture of the loss by position, before and after. Without --intervention it makes the base alone;
 `--intervention zero` is the control, the same extra steps without a cure. Every run is one folder with
-checkpoint.pt, metrics.jsonl and the picture. A run that was stopped goes on from its last checkpoint when it
-is started again in the same way. Several GPUs: torchrun --nproc-per-node N train.py ..., each rank carries
-its own rows. Letters are those of lengthgen.py.
+checkpoint.pt and metrics.jsonl; the last run of a command has the picture. A run that was stopped goes on
+from its last checkpoint when it is started again in the same way. Several GPUs: torchrun --nproc-per-node N
+train.py ..., each rank carries its own rows. Letters are those of lengthgen.py.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -146,8 +147,8 @@ def make_optimizer(model):
 class Carried:
     """What one rank hands from step to step besides the weights: rows of text, states, statistics and noise.
 
-    Each micro-batch of a step is a slot with rows and a state of its own. A slot goes on from its own state
-    of the step before, so that the previous batch is the whole batch, as in the paper.
+    Each micro-batch of a step is a slot with rows and a state of its own, which starts from the final state
+    of the same slot in the step before. So "the previous batch" means the whole batch, as in the paper.
     """
 
     def __init__(self, model, corpus, settings):
@@ -387,9 +388,11 @@ def fill_in(args, init):
 
     # batch and accumulate, of the base too, and zero_prob
     args.large = False
-    if init:  # the output layer may share the weights of the embedding
-        sizes = [x.numel() for name, x in init["model"].items() if name != "lm_head.weight"]
-        args.large = sum(sizes) > LARGE
+    if init:
+        size = sum(x.numel() for x in init["model"].values())
+        if init["config"]["tie_embeddings"]:
+            size -= init["model"]["lm_head.weight"].numel()
+        args.large = size > LARGE
     recipe = POSTTRAIN_LARGE if args.large else POSTTRAIN
     args.batch = args.batch or recipe["batch"]
     if args.zero_prob is None:
@@ -499,7 +502,8 @@ def main(argv=None):
         if not args.intervention:
             print("next: the same command with --intervention state_passing")
         elif args.init is None:
-            print(f"next, all interventions: python eval.py reproduce interventions --model {args.model}")
+            options = f"--model {args.model} --out {shlex.quote(args.out)}"
+            print(f"next, all interventions: python eval.py reproduce interventions {options}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
