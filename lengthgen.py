@@ -680,8 +680,8 @@ def copy(rows, T, shortest=5, longest=20):
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     part     0  0  0  0  0  0  1  1  1  1  1  2  0  ...    1 copy, 2 stop, which no accuracy counts
 
-    Every window starts a new string: rows that continue carry only their state. A string that the window's end
-    cuts off is not trained on, as in their code. T = 2n + 3 and shortest = longest = n give one string.
+    Every window starts a new string: rows that continue carry only their state. A string that the end of the
+    window cuts off is not trained on, as in their code. T = 2n + 3, shortest = longest = n: one string.
     """
     if T < 2 * longest + 3:  # a window could hold nothing to copy, and the loss over nothing is no number
         raise ValueError(f"copy needs a T of at least {2 * longest + 3}, the longest string twice, got {T}")
@@ -1194,7 +1194,7 @@ def load_encoding(name):
     if name in names:
         with reading(name, "a tokenizer of tiktoken"):
             encoding = tiktoken.get_encoding(name)
-        encoding.special = (encoding.eot_token,)  # also between the documents of nanoGPT's .bin files
+        encoding.special = ()
         return encoding
     file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
     if not os.path.exists(name) and HUB_NAME.fullmatch(name):
