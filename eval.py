@@ -68,7 +68,7 @@ def panels_of(name, found):
             curves = {}
             for label, measured in found.items():
                 # the measurements come from files, which may be damaged
-                with lg.reading(f"eval-{name}.json of {' or '.join(found)}", "a measurement: remove it"):
+                with lg.reading(f"eval-{name}.json of {label}", "a measurement: remove it"):
                     numbers = np.array([[m["x"], m[title]] for m in measured], float)  # (seeds, 2, n)
                     assert numbers.ndim == 3 and not (abs(numbers) > 1e100).any(), "no rows of plain numbers"
                 curves[label] = (numbers[0, 0].tolist(), numbers[:, 1].tolist())
@@ -133,7 +133,7 @@ def print_panels(panels):
 
 
 def print_row(name, values, form):
-    print(f"{name:26}" + "".join(f"{value:7{form}}" for value in values), flush=True)
+    print(f"{name:25} " + "".join(f"{value:7{form}}" for value in values), flush=True)
 
 
 def print_verdict(panels):
@@ -144,7 +144,7 @@ def print_verdict(panels):
             loss = np.mean(values, 0)
             if x[-1] > 1:
                 inside = loss[x.index(1)]
-                worst = loss[x.index(1) + 1 :].max() - inside
+                worst = np.nanmax(loss[x.index(1) + 1 :]) - inside
                 verdict = "breaks past T"
                 if worst < 0.5:
                     verdict = "gets worse past T"
@@ -237,7 +237,7 @@ def measure_packed(model, task, corpus, T, B, windows):
 
 
 def measure_passkey(model, task, corpus, T, B, lengths):
-    """The share of windows whose five digits come first in the greedy continuation, by their distance."""
+    """The share of windows whose five digits come first in the greedy continuation."""
     measured = {"x": lengths}
     for distance in (1, 3, 8):
         shares = []
@@ -245,7 +245,7 @@ def measure_passkey(model, task, corpus, T, B, lengths):
             depth = max(0, 1 - distance / length)
             tokens, part = lg.passkey(lg.Rows(corpus, "val", B, False, 0), T * length, depth)
             shares.append(exact_match(model, tokens, part == 2))
-        measured[f"the key is up to {distance} T back"] = shares
+        measured[f"up to {distance} T of filler after the key"] = shares
     return measured
 
 
@@ -434,7 +434,7 @@ PLAN = {  # experiment: command lines in the order of dependence; {base} is the 
         "--task echo --intervention {each}",  # a line for each of INTERVENTIONS
         "--task echo --intervention state_passing --carry scan",
     ],
-    "mixed": ["--task mixed --intervention {each}"],
+    "mixed": ["--task mixed", "--task mixed --intervention {each}"],
     "copy": [
         COPY,
         COPY + " --lr 2e-3 --zero-prob 0.2 --intervention zero",

@@ -424,7 +424,7 @@ if triton is not None:
         HX: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
         BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
     ):  # fmt: skip
-        """Any of the four launches, in the letters of its role. H heads run; q has HQ, k has HK ...
+        """A launch, in the letters of its role. H heads run; q has HQ, k has HK ...
 
         enter and leave are states, x is the q or k whose gradient o is; qdq, end_sum, dlog_a as in backward.
 

@@ -78,7 +78,8 @@ class ModelConfig:
         assert self.layer in OFFICIAL_DEFAULTS, f"unknown layer {self.layer!r}: mamba2, gla or mamba1"
         assert self.backend in (None, *BACKENDS), f"unknown backend {self.backend!r}: {list(BACKENDS)}"
         for f in fields(self):
-            assert isinstance(getattr(self, f.name), (f.type, int)), f"{f.name} must be {f.type}"
+            value = getattr(self, f.name)
+            assert isinstance(value, (f.type, int)), f"{f.name} must be {f.type}, got {value!r}"
         for name, value in OFFICIAL_DEFAULTS[self.layer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -1413,11 +1414,12 @@ def load_checkpoint(name_or_folder):
         with reading(file, "a checkpoint of train.py"):
             checkpoint = read_pickle(file)
             settings = checkpoint["settings"] = dict(task="text", T=2048) | checkpoint["settings"]
-            for name, value in settings.items():
-                kind = dict(T=int, tokenizer=str | None).get(name, str | int | float | None)
-                assert isinstance(value, kind), f"its {name} is {value!r}"
+            for setting, value in settings.items():
+                kind = dict(T=int, tokenizer=str | None).get(setting, str | int | float | None)
+                assert isinstance(value, kind), f"its {setting} is {value!r}"
             assert settings["task"] in TASKS and 0 < settings["T"] <= 10**7, f"its settings are {settings}"
             config = ModelConfig(**checkpoint["config"])
+            checkpoint["config"] = asdict(config)
             checkpoint["model"], _ = load_weights(config, checkpoint["model"])
         return checkpoint
 

@@ -281,7 +281,21 @@ def test_copy_makes_one_string_of_any_length(corpus):
 
 def test_the_accuracy_of_copying_is_that_of_the_letters_alone(corpus):
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
-    assert ev.measure_packed(model, "copy", corpus, 64, rows=4, windows=2)["packed strings"] == [0, 0]
+    assert ev.measure_packed(model, "copy", corpus, 64, B=4, windows=2)["packed strings"] == [0, 0]
+
+
+def test_the_passkey_is_measured_by_what_follows_the_key(corpus, monkeypatch):
+    drawn = []
+
+    def recorded(rows, T, depth):
+        drawn.append((T, depth))
+        return lg.copy(rows, T, 5, 20)
+
+    monkeypatch.setattr(lg, "passkey", recorded)
+    model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
+    measured = ev.measure_passkey(model, "passkey", corpus, 64, B=2, lengths=[2, 16])
+    assert drawn == [(128, 1 / 2), (1024, 15 / 16), (128, 0), (1024, 13 / 16), (128, 0), (1024, 1 / 2)]
+    assert measured["up to 3 T of filler after the key"] == [1, 1]  # "." is right
 
 
 def test_tasks_of_bytes_refuse_other_vocabularies(corpus):
@@ -328,6 +342,7 @@ def make_toys(set_attribute, corpus):
     set_attribute(ev, "run_train", run_train)
     set_attribute(train, "TINY_MODELS", TOY_MODELS)
     set_attribute(train, "PRETRAIN", dict(steps=2, lr=1e-3, hold=0.0))
+    set_attribute(train, "PRETRAIN_MIXED", dict(steps=2, lr=1e-3, hold=0.5))
     set_attribute(lg, "load_corpus", lambda *args: corpus)
     ev.default_corpus.cache_clear()
 

@@ -197,6 +197,14 @@ def test_the_learning_rate_warms_up_over_a_tenth_then_falls_as_a_cosine():
     assert train.learning_rate(0, 1, 1e-3) == 1e-3
 
 
+def test_a_rate_that_is_held_falls_as_a_cosine_after_its_share_of_the_steps():
+    rates = [train.learning_rate(step, 200, 1e-3, hold=0.85) for step in range(200)]
+    assert rates[:20] == [train.learning_rate(step, 200, 1e-3) for step in range(20)]
+    assert set(rates[20:171]) == {1e-3}
+    assert rates[185] == pytest.approx((1e-3 + 1e-5) / 2)  # half-way
+    assert all(a > b for a, b in itertools.pairwise(rates[170:]))
+
+
 def test_the_learning_rate_is_that_of_the_schedule(out):
     run("--lr", 1e-3, steps=20)
     wanted = [train.learning_rate(step, 20, 1e-3) for step in range(20)]
@@ -267,17 +275,23 @@ def test_a_finished_run_is_found_and_not_repeated(out, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(3)), "shape of moments 1 exp_avg"),
-        (lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.ones(1).expand(3)), "shape of moments 1"),
-        (lambda c: c["optimizer"]["state"].pop(1), "the number of moments"),
-        (lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "moments 0 exp_avg is finite"),
+        (
+            lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(3)),
+            r"moments 1 exp_avg has shape \[3\], not",
+        ),
+        (
+            lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.ones(1).expand(3)),
+            "moments 1 exp_avg has shape",
+        ),
+        (lambda c: c["optimizer"]["state"].pop(1), r"moments has \d+ entries, not"),
+        (lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "moments 0 exp_avg is not finite"),
         (lambda c: c.update(step=0), "at step 0 after"),
         (lambda c: c.update(step=10**7), "at step 10000000 after"),
         (lambda c: c.update(seconds=math.nan), "at step 2 after nan seconds"),
         (lambda c: c.update(ranks=[]), "IndexError"),
-        (lambda c: c["ranks"][0]["states"].append(c["ranks"][0]["states"][0]), "the number of states"),
+        (lambda c: c["ranks"][0]["states"].append(c["ranks"][0]["states"][0]), "states has 2 entries, not 1"),
         (lambda c: c["ranks"][0].update(stats=5), "TypeError"),
-        (lambda c: c["ranks"][0]["stats"]["mean"].pop(), "the number of statistics mean"),
+        (lambda c: c["ranks"][0]["stats"]["mean"].pop(), "statistics mean has 1 entries, not 2"),
         (lambda c: c["ranks"][0]["rows"][0]["at"].fill_(-5), "2 rows cannot go on from the places"),
         (lambda c: c["ranks"][0]["rows"][0]["at"].fill_(10**6), "2 rows cannot go on from the places"),
     ],
