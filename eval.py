@@ -273,7 +273,7 @@ MEASURES = {  # name: (function, how much it measures, the labels of the axes); 
     "poswise": (lg.position_wise, dict(B=64, windows=256), AT, LOSS),
     "interventions": (lg.position_wise, dict(B=256, windows=64), AT, LOSS),
     "text": (measure_text, dict(B=128, windows=64), AT, LOSS),
-    "gap": (measure_gap, dict(B=128, windows=64), AT, "paired gap (nats per token)"),
+    "gap": (measure_gap, dict(B=128, windows=64), AT, "paired gap (nats)"),
     "state": (measure_state, dict(B=64, windows=64), "t (T)", "std over that at T"),
     "effrem": (measure_effrem, dict(B=64), "t: tokens left out (T)", "EffRem(t), total variation"),
     "retention": (measure_retention, dict(B=256), "head, sorted", "share of the state"),

@@ -1,0 +1,135 @@
+"""The numbers of the README are those of assets/results.json, which `python eval.py --seeds 3` has written.
+
+`python tests/test_readme.py` prints every line and phrase that the README must hold.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MINUS, TIMES = "d: log_a minus d", "c: log_a times c"
+GAP = "the same text after the whole past, minus after T"
+
+
+def curve(figure, title, label, xlabel=None, model="mamba2"):
+    """{x: the values of all seeds (seeds,)} of one curve of a figure."""
+    results = json.loads((ROOT / "assets" / "results.json").read_text())
+    for panel in results[model][figure]["panels"]:
+        if panel["title"] == title and xlabel in (None, panel["xlabel"]) and label in panel["curves"]:
+            x, values = panel["curves"][label]
+            return dict(zip(x, np.array(values).T, strict=True))
+    raise KeyError(f"{figure}, {title}, {label}")
+
+
+def at(x, figure, title, labels, form=".2f", **options):
+    """The means over seeds at x of some curves, written out."""
+    return [format(curve(figure, title, label, **options)[x].mean(), form) for label in labels]
+
+
+def main_table():
+    """The rows of the table of the main job, which is seed 0."""
+    for title in ("text", "echo"):
+        for name, label in (("base", "base"), ("state passing", "state_passing")):
+            losses = curve("interventions", title, label).values()
+            yield f"{name:26}" + "".join(f"{loss[0]:7.3f}" for loss in losses)
+
+
+def interventions():
+    """The cells of the table of the interventions."""
+    for label in (
+        "base",
+        "zero",
+        "random_noise",
+        "fitted_noise",
+        "state_passing-scan",
+        "state_passing",
+        "tbtt",
+    ):
+        text, echo = (curve("interventions", title, label) for title in ("text", "echo"))
+        cells = [f"{x.mean():.2f} ({np.ptp(x):.2f})" for x in (text[1], text[64], echo[64])]
+        yield f" | {' | '.join(cells)} |"
+
+
+def forgetting():
+    kept = []
+    for label in ("base", "state_passing"):
+        heads = list(curve("forgetting", "what heads keep over T", label).values())
+        kept.append(np.mean(heads[len(heads) // 2 :]))
+    yield "keep {:.0%} of their state over T tokens in the base, and {:.0%} after state passing".format(*kept)
+    losses = {}
+    for title in ("text", "echo"):
+        for xlabel in (MINUS, TIMES):
+            losses[title, xlabel] = curve("forgetting", title, "base", xlabel)
+    base = [losses[title, MINUS][0].mean() for title in ("text", "echo")]
+    cured = [curve("forgetting", title, "state_passing", MINUS)[0].mean() for title in ("text", "echo")]
+    yield "the base has a loss of {:.2f} nats on text and {:.2f} on echo".format(*base)
+    yield "state passing {:.2f} and {:.2f}".format(*cured)
+    for title, words in (
+        ("text", "(log_a minus 0.1: {:.2f}; times 5: {:.2f})"),
+        ("echo", "({:.2f} and {:.2f};"),
+    ):
+        yield words.format(losses[title, MINUS][0.1].mean(), losses[title, TIMES][5].mean())
+    best = [min(x.mean() for x in losses["echo", xlabel].values()) for xlabel in (MINUS, TIMES)]
+    yield "at the best d {:.2f}, at the best c {:.2f})".format(*best)
+
+
+def plain_text():
+    labels = ("base", "zero", "state_passing", "tbtt", "fitted_noise", "random_noise")
+    words = "{} nats in the base, {} in the control, {} after state passing"
+    yield words.format(*at(64, "text", GAP, labels[:3], ".3f"))
+    yield "(TBTT {}, fitted noise {}, random noise {})".format(*at(64, "text", GAP, labels[3:], ".3f"))
+
+
+def passkey():
+    words = "up to {} T of filler after it {} with fitted noise and {} without"
+    for distance in (1, 3, 8):
+        title = f"up to {distance} T of filler after the key"
+        yield words.format(distance, *at(64, "passkey", title, ("fitted_noise", "zero")))
+
+
+def gla():
+    """GLA, which is one seed."""
+    labels = ("base", "zero", "state_passing")
+    words = "text {}, {} and {} nats, echo {}, {} and {}"
+    cells = [
+        *at(64, "interventions", "text", labels, model="gla"),
+        *at(64, "interventions", "echo", labels, model="gla"),
+    ]
+    yield words.format(*cells)
+    for title in ("text", "echo"):
+        base = curve("forgetting", title, "base", MINUS, model="gla")
+        cured = curve("forgetting", title, "state_passing", MINUS, model="gla")
+        best = min(x.mean() for x in base.values())
+        yield f"on {title} {best:.2f} at the best d, {cured[0].mean():.2f} after state passing"
+
+
+def other_figures():
+    labels = ("base", "zero", "state_passing", "tbtt")
+    words = "text {} (base), {} (control), {} (state passing) and {} (TBTT) nats, echo {}, {}, {} and {}"
+    yield words.format(*at(256, "poswise", "text", labels), *at(256, "poswise", "echo", labels))
+    (base,), (cured,) = (
+        at(64, "state", "the full state", [label], ".2f") for label in ("base", "state_passing")
+    )
+    yield f"grows {base} times in the base and {cured} times after state passing"
+    (base,), (cured,) = (
+        at(1, "effrem", "predictions of text", [label], ".3f") for label in ("base", "state_passing")
+    )
+    yield f"by a total variation of {base} and those after state passing by {cured}"
+
+
+PARTS = (main_table, interventions, forgetting, plain_text, passkey, gla, other_figures)
+
+
+@pytest.mark.parametrize("phrases", PARTS)
+def test_the_readme_holds_the_numbers_that_were_measured(phrases):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for phrase in phrases():
+        assert " ".join(phrase.split()) in readme, phrase
+
+
+if __name__ == "__main__":
+    for phrases in PARTS:
+        print(*phrases(), sep="\n")
