@@ -664,7 +664,8 @@ def make_folder(path):
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(f"the folder {path!r} cannot be written to: {error.strerror}") from None
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(f"the folder {path!r} cannot be written to: {reason}") from None
 
 
 RANGES = {  # of the arguments of eval.py and train.py
