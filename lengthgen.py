@@ -357,10 +357,9 @@ class LanguageModel(nn.Module):
     """logits, state = model(tokens, state=None)
 
     tokens: (B, T) int64 below vocab_size, T >= 1; logits: (B, T, vocab_size)
-    state: a list of one LayerState per layer, None for zeros. The returned state is new: nothing is edited in
-        place, and gradients flow through it. So cutting a sequence anywhere and handing the state over gives
-        the same results as not cutting. The caller may detach the state: this is the whole difference between
-        BPTT on the one side, TBTT and state passing on the other.
+    state: a list of one LayerState per layer, None for zeros. The returned state is new, and gradients flow
+        through it. So cutting a sequence anywhere and handing the state over changes no result. The caller
+        may detach it, which is the whole difference between BPTT and TBTT or state passing.
     """
 
     def __init__(self, config):
