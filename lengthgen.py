@@ -359,7 +359,7 @@ class LanguageModel(nn.Module):
     tokens: (B, T) int64 below vocab_size, T >= 1; logits: (B, T, vocab_size)
     state: a list of one LayerState per layer, None for zeros. The returned state is new, and gradients flow
         through it. So cutting a sequence anywhere and handing the state over changes no result. The caller
-        may detach it, which is the whole difference between BPTT and TBTT or state passing.
+        may detach the state: the whole difference between BPTT and TBTT or state passing.
     """
 
     def __init__(self, config):
