@@ -349,8 +349,12 @@ def draw(name, args, seeds, device):
             labels = {label: label for label in [*labels, *forks]}
         found = {}
         for label, run in labels.items():
-            folders = [run_folder(args.out, args.model, task, run, seed) for seed in seeds]
-            measured = [measure_run(measure, task, folder, device) for folder in folders if finished(folder)]
+            measured = []
+            for seed in seeds:
+                folder = run_folder(args.out, args.model, task, run, seed)
+                checkpoint = finished(folder)
+                if checkpoint:
+                    measured.append(measure_run(measure, task, folder, checkpoint, device))
             if measured:
                 found[label] = measured
         if not found:
@@ -379,7 +383,7 @@ def default_corpus():
     return lg.load_corpus()
 
 
-def measure_run(name, task, folder, device):
+def measure_run(name, task, folder, checkpoint, device):
     """A measurement of a run, from its file unless the checkpoint is younger or the settings are others."""
     function, settings, _, _ = MEASURES[name]
     file = os.path.join(folder, f"eval-{name}.json")
@@ -387,7 +391,6 @@ def measure_run(name, task, folder, device):
     is_old = not kept or os.path.getmtime(file) < os.path.getmtime(os.path.join(folder, lg.CHECKPOINT))
     if is_old or kept.get("settings") != settings or len(kept.get("value", "")) < 2:
         print(f"  {name} of {folder} ...", flush=True)
-        checkpoint = lg.load_checkpoint(folder)
         trained = checkpoint["settings"]
         if trained.get("data") != default_corpus().name:
             found = f"was trained on {trained.get('data')}, not on {default_corpus().name}"
@@ -414,11 +417,7 @@ def read_json(file):
 
 
 def write_json(file, value):
-    def write(temporary):
-        with open(temporary, "w") as f:
-            json.dump(value, f, indent=1)
-
-    lg.write_atomically(file, write)
+    lg.write_text(file, json.dumps(value, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1606,9 +1606,14 @@ def load_weights(config, weights):
     ours.clear()
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32, copy=True)
-        if not all(map(math.isfinite, p.data.aminmax())):  # x.isfinite() would copy it
+        if not all_finite(p.data):
             raise ValueError(f"{name} has numbers that are not finite, fetch it again")
     return model.state_dict(), functools.reduce(torch.promote_types, dtypes)
+
+
+def all_finite(x):
+    """Whether all numbers of a tensor are finite; x.isfinite() would make a copy as large as x."""
+    return all(map(math.isfinite, x.aminmax()))
 
 
 def embedding_name(config):
@@ -1628,6 +1633,11 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save
         Path(temporary).unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def write_text(path, text):
+    """Write a file of text as write_atomically does."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 def model_from_checkpoint(checkpoint):
@@ -1667,7 +1677,7 @@ def export_model(model, folder, format=None, dtype=None):
     # the weights by the library's names, a tied one stored once
     for name, x in model.state_dict().items():
         weights[name] = x.to("cpu", dtype).contiguous()
-        if not all(map(math.isfinite, weights[name].aminmax())):
+        if not all_finite(weights[name]):
             raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
     if config.tie_embeddings:
         weights["lm_head.weight"] = weights[embedding_name(config)]
@@ -1681,7 +1691,7 @@ def export_model(model, folder, format=None, dtype=None):
     except OSError as error:
         raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
     write_atomically(os.path.join(folder, WEIGHTS[-1]), functools.partial(torch.save, weights))
-    write_atomically(os.path.join(folder, "config.json"), lambda temporary: Path(temporary).write_text(text))
+    write_text(os.path.join(folder, "config.json"), text)
 
 
 def export_settings(config, kind, dtype):

@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -327,7 +326,7 @@ def start_metrics(folder, first_step):
         with open(file, errors="replace") as f:
             lines = [line for line in f if is_metric(line, first_step)]
     if rank() == 0:
-        lg.write_atomically(file, lambda temporary: Path(temporary).write_text("".join(lines)))
+        lg.write_text(file, "".join(lines))
     return file
 
 
