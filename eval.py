@@ -154,6 +154,15 @@ def print_verdict(panels):
                 print(f"{pretty(label)}: {line}")
 
 
+def report(measured, picture, title):
+    """The table, a verdict and the picture of losses by position. measured: {label: a measurement}."""
+    panels = panels_of("poswise", {label: [measurement] for label, measurement in measured.items()})
+    print_panels(panels)
+    print_verdict(panels)
+    draw_panels(panels, picture, title)
+    print(f"picture: {picture}")
+
+
 # --------------------------------------------------------------------------------------------------
 # 2 The figures. A measure takes (model, task, corpus, T) and how much to measure, and returns the places "x"
 # and lists of as many values, each of which becomes a panel of that title.
@@ -251,14 +260,11 @@ def measure_passkey(model, task, corpus, T, B, lengths):
 
 def measure_babilong(model, task, corpus, T, B, lengths):
     """The share of our own stories whose question is answered in the very words."""
-    measured = {"x": lengths}
-    for qa, title in ((1, "qa1: where is Mary?"), (2, "qa2: where is the milk?")):
-        shares = []
-        for length in lengths:
-            tokens, part = lg.babilong(lg.Rows(corpus, "val", B, False, 0), T * length, qa)
-            shares.append(exact_match(model, tokens, part))
-        measured[title] = shares
-    return measured
+    shares = []
+    for length in lengths:
+        tokens, part = lg.babilong(lg.Rows(corpus, "val", B, False, 0), T * length)
+        shares.append(exact_match(model, tokens, part))
+    return {"x": lengths, "Where is Mary?": shares}
 
 
 def exact_match(model, tokens, asked):
@@ -427,7 +433,7 @@ def write_json(file, value):
 COPY = "--task copy --T 44 --steps 1000"
 # the base of echo can repeat what it has just read
 PASSKEY = "--task passkey --T 160 --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1"
-BABILONG = "--task babilong --T 256 --batch 32 --steps 300 --lr 2e-3 --intervention zero"
+BABILONG = "--task babilong --T 144 --batch 32 --steps 500 --lr 3e-3 --intervention zero"
 PLAN = {  # experiment: command lines in the order of dependence; {base} is the folder of the base of echo
     "echo": [
         "--task echo --intervention {each}",  # a line for each of INTERVENTIONS
@@ -527,13 +533,10 @@ def given_poswise(args):
     check_vocabulary(model, corpus, args.init)
     progress = Progress("loss by position")
     measured = lg.position_wise(model, task, corpus, T, args.rows, args.windows, progress=progress)
-    panels = panels_of("poswise", {base_name(args.init): [measured]})
-    print_panels(panels)
-    print_verdict(panels)
     path = os.path.join(args.out, f"poswise-{base_name(args.init)}")
-    draw_panels(panels, f"{path}.png", f"{args.init} on {task}, trained on T = {T} tokens")
+    title = f"{args.init} on {task}, trained on T = {T} tokens"
+    report({base_name(args.init): measured}, f"{path}.png", title)
     write_json(f"{path}.json", dict(measured, T=T, command=shlex.join(sys.argv)))
-    print(f"picture: {path}.png")
 
 
 def base_name(checkpoint):

@@ -72,7 +72,6 @@ class ModelConfig:
     # how to compute, which changes no result
     backend: str | None = None  # a scan of kernels.py; None lets scan() choose
     recompute: bool = False  # compute each layer again in the backward pass: less memory, a third more work
-    torch_dtype: str = "float32"  # of the files that the weights came from; in memory they are float32
 
     def __post_init__(self):
         assert self.layer in OFFICIAL_DEFAULTS, f"unknown layer {self.layer!r}: mamba2, gla or mamba1"
@@ -439,7 +438,7 @@ class LanguageModel(nn.Module):
         """The model of a run of train.py, or of a checkpoint on disk or on the hub (Appendix B)."""
         return model_from_checkpoint(load_checkpoint(name_or_folder))
 
-    def save_pretrained(self, folder, format=None, dtype=None):
+    def save_pretrained(self, folder, format=None, dtype=torch.float32):
         """Write the model for mamba_ssm, transformers or fla, as export_model of Appendix B says."""
         export_model(self, folder, format, dtype)
 
@@ -744,76 +743,44 @@ def empty_windows(rows, T):
     return np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64), np.zeros((rows.B, T), dtype=np.int8)
 
 
-# The words of bAbI v1.2; an answer is a room, in qa5 a receiver or an object
+# The words of bAbI v1.2, task qa1
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
-OBJECTS = ("apple", "football", "milk")
-RECEIVERS = ("Bill", "Fred", "Jeff", "Mary")
 ACTORS = ("Daniel", "John", "Mary", "Sandra")
 MOVE = ("moved", "went", "went back", "journeyed", "travelled")
-TAKE = ("got", "took", "grabbed", "picked up")
-DROP = ("dropped", "put down", "discarded", "left")
 
 
-def babi(qa, rng):
-    """A story of bAbI task qa, 1 ("Where is Mary?") or 2 ("Where is the milk?"), from our own generator.
-
-    Returns its facts (a list of sentences), the question and the answer.
-    """
+def babi(rng):
+    """A story of bAbI's first task, from our own generator: three sentences, a question, and its answer."""
 
     def pick(options):
         return options[int(torch.randint(len(options), (), generator=rng))]
 
     facts = []
-    where = {}  # an actor's room; an object's room, or the actor who carries it
-    for _ in range(3 if qa == 1 else 5):
-        # an actor can take what lies in the same room or what no fact has mentioned, and drop what he has
+    room_of = {}
+    for _ in range(3):
         actor = pick(ACTORS)
-        here = where.get(actor)
-        lying = [x for x in OBJECTS if where.get(x, here) == here]
-        carried = [x for x in OBJECTS if where.get(x) == actor]
-        events = ["move"]
-        if qa == 2 and here and lying:
-            events += ["take", "take"]
-        if carried:
-            events.append("drop")
-        event = pick(events)
-        if event == "move":
-            where[actor] = pick([room for room in ROOMS if room != here])
-            facts.append(f"{actor} {pick(MOVE)} to the {where[actor]}.")
-        elif event == "take":
-            x = pick(lying)
-            where[x] = actor
-            facts.append(f"{actor} {pick(TAKE)} the {x}{pick(['', ' there'])}.")
-        else:
-            x = pick(carried)
-            where[x] = here
-            facts.append(f"{actor} {pick(DROP)} the {x}{pick(['', ' there'])}.")
-
-    # the question is about an actor or an object of the story; where there is none, another story is told
-    mentioned = [x for x in where if x in (ACTORS if qa == 1 else OBJECTS)]
-    if not mentioned:
-        return babi(qa, rng)
-    x = pick(mentioned)
-    question = f"Where is {x}?" if qa == 1 else f"Where is the {x}?"
-    return facts, question, where.get(where[x], where[x])
+        room_of[actor] = pick([room for room in ROOMS if room != room_of.get(actor)])
+        facts.append(f"{actor} {pick(MOVE)} to the {room_of[actor]}.")
+    actor = pick(list(room_of))
+    return facts, f"Where is {actor}?", room_of[actor]
 
 
-def babilong(rows, T, qa=None):
+def babilong(rows, T):
     """The facts of a bAbI story in order, at drawn places between lines of background text (BABILong, 2024).
 
     <bos>import os/Mary went to the office. class A:/John moved to the garden. xWhere is Mary? office.<bos>
     part 0, and 1 on               (here / ends a line)                                        1111111
 
-    qa: 1 or 2; None draws one for each row. In bytes; the background fills the window.
+    In bytes; the background fills the window.
     """
     tokens, part = empty_windows(rows, T)
     background = rows.next_batch(T)
     for b in range(rows.B):
-        facts, question, answer = babi(qa or 1 + int(torch.randint(2, (), generator=rows.rng)), rows.rng)
+        facts, question, answer = babi(rows.rng)
         ending = f"{question} {answer}."
         n = T - 1 - len(" ".join([*facts, ending]))  # bytes of background
         if n < 0:
-            raise ValueError(f"T is {T}, too short for the stories of babilong: give it about 256")
+            raise ValueError(f"T is {T}, too short for the stories of babilong: give it at least 144")
 
         # a fact stands between lines, so its drawn place moves on to the end of the line
         line_ends = np.append(np.flatnonzero(background[b, :n] == ord("\n")) + 1, n)
@@ -834,7 +801,7 @@ TASKS = {  # name: (function, default T, names of the parts)
     "text": (text, 256, ("text",)),
     "copy": (copy, 64, ("copy", "stop")),
     "passkey": (passkey, 160, ("mention", "key")),
-    "babilong": (babilong, 256, ("answer",)),
+    "babilong": (babilong, 144, ("answer",)),
 }
 
 
@@ -1057,7 +1024,7 @@ def effective_remembrance(model, tokens, starts, end):
 
 def babilong_score(output, answer, question, qa):
     """BABILong's rule: before the first '.' or tag, the answer is the only label not in the question."""
-    labels = ROOMS if qa < 5 else RECEIVERS + OBJECTS
+    labels = ROOMS if qa < 5 else ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk")
     sentence = re.split(r"\.|<context>|<example>", output.lower())[0]
     named = {x for x in labels if x.lower() in sentence and x not in question}
     return named == {answer}
@@ -1419,7 +1386,7 @@ def load_checkpoint(name_or_folder):
             assert settings["task"] in TASKS and 0 < settings["T"] <= 10**7, f"its settings are {settings}"
             config = ModelConfig(**checkpoint["config"])
             checkpoint["config"] = asdict(config)
-            checkpoint["model"], _ = load_weights(config, checkpoint["model"])
+            checkpoint["model"] = load_weights(config, checkpoint["model"])
         return checkpoint
 
     # a file of weights of another library, and config.json beside it
@@ -1433,8 +1400,7 @@ def load_checkpoint(name_or_folder):
         with reading(part, "weights"):
             weights.update(read_pickle(part) if part.endswith(".bin") else read_safetensors(part))
     with reading(file, "a checkpoint"):
-        weights, dtype = load_weights(config, weights)
-    config = replace(config, torch_dtype=str(dtype).removeprefix("torch."))
+        weights = load_weights(config, weights)
 
     # the tokenizer: in the folder, or on the hub
     tokenizer = name if path != name else None
@@ -1567,17 +1533,16 @@ def read_pickle(file):
 
 
 def load_weights(config, weights):
-    """The weights of a model of config, in float32, and the dtype that they had; empties `weights`.
+    """The weights of a model of config by our names, in float32; empties `weights`.
 
     Raises ValueError unless such a model has exactly these.
     """
     # what would load but be wrong: other numbers than floats, or a few bytes that pose as a large tensor
-    ours, dtypes, storages = {}, set(), {}
+    ours, storages = {}, {}
     for name, x in weights.items():
         if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dtype not in DTYPES.values():
             kind = getattr(x, "dtype", type(x).__name__)
             raise ValueError(f"{name} is {kind}, expected dense floating point of 16 to 64 bits")
-        dtypes.add(x.dtype)
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         name = str(name).replace("backbone.embeddings.", "backbone.embedding.")  # of transformers
         ours[name.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # of fla where fuse_norm is off
@@ -1608,7 +1573,7 @@ def load_weights(config, weights):
         p.data = p.data.to(torch.float32, copy=True)
         if not all_finite(p.data):
             raise ValueError(f"{name} has numbers that are not finite, fetch it again")
-    return model.state_dict(), functools.reduce(torch.promote_types, dtypes)
+    return model.state_dict()
 
 
 def all_finite(x):
@@ -1649,12 +1614,12 @@ def model_from_checkpoint(checkpoint):
     return model
 
 
-def export_model(model, folder, format=None, dtype=None):
+def export_model(model, folder, format=None, dtype=torch.float32):
     """Write config.json and pytorch_model.bin as another library loads them; ValueError where it could not.
 
     format: "mamba_ssm" (the default for Mamba), "transformers" (version 5 if ngroups > 1; padding rows of the
         vocabulary count there as words) or "fla" (GLA)
-    dtype: torch dtype of the stored weights; None for that of the files the model came from
+    dtype: torch dtype of the stored weights
     """
     # what cannot be written is refused before there is a file
     config, weights = model.config, {}
@@ -1663,7 +1628,6 @@ def export_model(model, folder, format=None, dtype=None):
         format = "fla" if config.layer == "gla" else "mamba_ssm"
     if format not in kinds:
         raise ValueError(f"unknown format {format!r} for {config.layer}, expected {' or '.join(kinds)}")
-    dtype = dtype or getattr(torch, config.torch_dtype)
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}, expected a floating-point one of 16 to 64 bits")
     for library, field in (("mamba_ssm", "norm_eps"), ("fla", "gate_low_rank_dim")):

@@ -479,7 +479,7 @@ def main(argv=None):
     common.update(model=args.model, tokenizer=args.tokenizer)
     folder = ev.run_folder(args.out, args.model, args.task, "base", args.seed)
     model = get_base(args, init, folder, corpus, common, device)
-    results = {"base": [measure(model, args, corpus)]}
+    results = {"base": measure(model, args, corpus)}
 
     # the intervention
     if args.intervention:
@@ -493,16 +493,13 @@ def main(argv=None):
         print_once(f"post-training: {', '.join(f'{name} {value}' for name, value in settings.items())}")
         with alone_in(folder) as signals:
             train(model, corpus, settings, folder, device, signals)
-        results[label] = [measure(model, args, corpus)]
+        results[label] = measure(model, args, corpus)
 
     # the table, a verdict, the picture, and what to try next
     if rank() == 0:
-        panels = ev.panels_of("poswise", results)
-        ev.print_panels(panels)
-        ev.print_verdict(panels)
-        picture = os.path.join(folder, "position_wise.png")
-        ev.draw_panels(panels, picture, f"{args.model} on {args.task}, trained on T = {args.T} tokens")
-        print(f"picture: {picture}   ({ev.clock(time.time() - started)} in all)")
+        title = f"{args.model} on {args.task}, trained on T = {args.T} tokens"
+        ev.report(results, os.path.join(folder, "position_wise.png"), title)
+        print(f"{ev.clock(time.time() - started)} minutes in all")
         if not args.intervention:
             print("next: the same command with --intervention state_passing")
         elif args.init is None and args.task == "echo" and not args.data:
