@@ -110,10 +110,9 @@ def other_figures():
     labels = ("base", "zero", "state_passing", "tbtt")
     words = "text {} (base), {} (control), {} (state passing) and {} (TBTT) nats, echo {}, {}, {} and {}"
     yield words.format(*at(256, "poswise", "text", labels), *at(256, "poswise", "echo", labels))
-    (base,), (cured,) = (
-        at(64, "state", "the full state", [label], ".2f") for label in ("base", "state_passing")
-    )
-    yield f"grows {base} times in the base and {cured} times after state passing"
+    base, cured = (curve("state", "layer 0", label)[64] for label in ("base", "state_passing"))
+    grows = f"grows {base.mean():.2f} times ({base.min():.2f} to {base.max():.2f}) in the base"
+    yield f"{grows} and {cured.mean():.2f} times after state passing"
     (base,), (cured,) = (
         at(1, "effrem", "predictions of text", [label], ".3f") for label in ("base", "state_passing")
     )
