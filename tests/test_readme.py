@@ -106,6 +106,13 @@ def gla():
         yield f"on {title} {best:.2f} at the best d, {cured[0].mean():.2f} after state passing"
 
 
+def copying():
+    words = "{} are right in T for the control and {} after state passing, at 4 T {} and {}"
+    in_T, at_4T = (at(x, "copying", "packed strings", ("zero", "state_passing")) for x in (1, 4))
+    yield words.format(*in_T, *at_4T)
+    yield "to be compared: {} in T".format(*at(1, "copying", "packed strings", ["base"]))
+
+
 def other_figures():
     labels = ("base", "zero", "state_passing", "tbtt")
     words = "text {} (base), {} (control), {} (state passing) and {} (TBTT) nats, echo {}, {}, {} and {}"
@@ -119,7 +126,7 @@ def other_figures():
     yield f"by a total variation of {base} and those after state passing by {cured}"
 
 
-PARTS = (main_table, interventions, forgetting, plain_text, passkey, gla, other_figures)
+PARTS = (main_table, interventions, forgetting, plain_text, passkey, gla, copying, other_figures)
 
 
 @pytest.mark.parametrize("phrases", PARTS)
