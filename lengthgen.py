@@ -1322,7 +1322,8 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 NEOX = "EleutherAI/gpt-neox-20b"  # has the tokenizer of the official Mambas, which come without
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-MAMBA_SSM = "d_model n_layer vocab_size tie_embeddings pad_vocab_size_multiple ssm_cfg.d_state ssm_cfg.d_conv"
+MAMBA_SSM = "d_model n_layer vocab_size tie_embeddings pad_vocab_size_multiple d_state d_conv expand"
+SSM_CFG = ("d_state", "d_conv", "expand", "headdim", "ngroups", "dt_rank")  # those inside ssm_cfg
 TRANSFORMERS = "hidden_size num_hidden_layers vocab_size tie_word_embeddings layer_norm_epsilon state_size"
 FLA = "hidden_size num_hidden_layers vocab_size tie_word_embeddings norm_eps num_heads expand_k expand_v"
 OFFICIAL = dict(d_model=2560, n_layer=64, pad_vocab_size_multiple=8)
@@ -1330,13 +1331,8 @@ PADDED = dict(pad_vocab_size_multiple=1)  # in transformers the padding of a voc
 LARGE2 = dict(PADDED, d_model=4096, n_layer=64, vocab_size=32768, ngroups=8, tie_embeddings=False)
 MEDIUM1 = dict(PADDED, n_layer=32, vocab_size=50280)
 KINDS = {  # ssm_cfg.layer or model_type: (library, layer, its settings, the values of missing ones)
-    "Mamba2": (
-        "mamba_ssm",
-        "mamba2",
-        MAMBA_SSM + " ssm_cfg.expand ssm_cfg.headdim ssm_cfg.ngroups",
-        OFFICIAL,
-    ),
-    "Mamba1": ("mamba_ssm", "mamba1", MAMBA_SSM + " ssm_cfg.expand ssm_cfg.dt_rank", OFFICIAL),
+    "Mamba2": ("mamba_ssm", "mamba2", MAMBA_SSM + " headdim ngroups", OFFICIAL),
+    "Mamba1": ("mamba_ssm", "mamba1", MAMBA_SSM + " dt_rank", OFFICIAL),
     "mamba2": ("transformers", "mamba2", TRANSFORMERS + " conv_kernel expand head_dim n_groups", LARGE2),
     "mamba": ("transformers", "mamba1", TRANSFORMERS + " conv_kernel expand time_step_rank", MEDIUM1),
     "gla": ("fla", "gla", FLA + " hidden_ratio", dict(d_model=2048, vocab_size=32000)),
@@ -1347,14 +1343,20 @@ FIELDS = dict(  # a setting -> the field of ModelConfig that has another name
     n_groups="ngroups", time_step_rank="dt_rank",
 )  # fmt: skip
 REQUIRED = {  # settings that change the formulas, with the values that the formulas of this file stand for
-    "rms_norm": [True], "d_intermediate": [0], "attn_layer_idx": [[]], "ssm_cfg.bias": [False],
-    "ssm_cfg.conv_bias": [True], "ssm_cfg.rmsnorm": [True], "ssm_cfg.norm_before_gate": [False],
-    "ssm_cfg.D_has_hdim": [False], "ssm_cfg.d_ssm": [None], "ssm_cfg.dt_limit": [[0.0, math.inf]],
-    "hidden_act": ["silu", "swish"], "use_bias": [False], "use_conv_bias": [True],
-    "time_step_limit": [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
-    "attn": [None], "num_kv_heads": [None], "feature_map": [None], "use_short_conv": [False],
-    "clamp_min": [None], "use_output_gate": [True], "elementwise_affine": [True], "use_gk": [True],
-    "use_gv": [False], "attnres_block_size": [None],
+    "mamba_ssm": dict(
+        rms_norm=[True], d_intermediate=[0], attn_layer_idx=[[]], bias=[False], conv_bias=[True],
+        rmsnorm=[True], norm_before_gate=[False], D_has_hdim=[False], d_ssm=[None],
+        dt_limit=[[0.0, math.inf]],
+    ),
+    "transformers": dict(
+        hidden_act=["silu", "swish"], use_bias=[False], use_conv_bias=[True],
+        time_step_limit=[[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
+    ),
+    "fla": dict(
+        hidden_act=["swish", "silu"], attn=[None], num_kv_heads=[None], feature_map=[None], clamp_min=[None],
+        use_short_conv=[False], use_output_gate=[True], elementwise_affine=[True], use_gk=[True],
+        use_gv=[False], attnres_block_size=[None],
+    ),
 }  # fmt: skip
 
 
@@ -1450,34 +1452,27 @@ def download(name, file):
     return path
 
 
-def field_of(setting):
-    """The field of ModelConfig that a setting in config.json stands for."""
-    setting = setting.removeprefix("ssm_cfg.")
-    return FIELDS.get(setting, setting)
-
-
 def import_settings(settings):
     """The ModelConfig of another library's config.json; ValueError where it means other formulas."""
-    # ssm_cfg.x is what mamba_ssm's config.json has inside ssm_cfg
     flat = dict(settings)
-    for name, value in (flat.pop("ssm_cfg", None) or {}).items():
-        flat[f"ssm_cfg.{name}"] = value
-    kind = str(flat.pop("model_type", None) or flat.pop("ssm_cfg.layer", None) or "Mamba1")
+    flat.update(flat.pop("ssm_cfg", None) or {})
+    kind = str(flat.pop("model_type", None) or flat.pop("layer", None) or "Mamba1")
     if kind not in KINDS:
         raise ValueError(f"unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
     if flat.get("num_kv_heads") == flat.get("num_heads", 4):
         flat["num_kv_heads"] = None  # which means the same
 
     # settings that the library leaves to its defaults, that must have a value, that are fields of ours
-    _, layer, names, defaults = KINDS[kind]
+    library, layer, names, defaults = KINDS[kind]
+    required = REQUIRED[library]
     config, ignored = dict(defaults, layer=layer), []
     for name, value in flat.items():
-        if name in REQUIRED:
-            require(name, value, *REQUIRED[name])
+        if name in required:
+            require(name, value, *required[name])
         elif name not in names.split():
             ignored.append(name)
         elif value not in (None, "auto"):  # both mean the default
-            config[field_of(name)] = value
+            config[FIELDS.get(name, name)] = value
     if ignored:
         print(f"config.json: settings that are unknown here and ignored: {', '.join(ignored)}", flush=True)
     return ModelConfig(**config)
@@ -1661,12 +1656,10 @@ def export_model(model, folder, format=None, dtype=torch.float32):
 def export_settings(config, kind, dtype):
     """What config.json says of a model: a dictionary."""
     library, _, names, _ = KINDS[kind]
-    settings, ssm_cfg = {}, dict(layer=kind)
-    for name in names.split():
-        place = ssm_cfg if name.startswith("ssm_cfg.") else settings
-        place[name.removeprefix("ssm_cfg.")] = getattr(config, field_of(name))
+    settings = {name: getattr(config, FIELDS.get(name, name)) for name in names.split()}
     if library == "mamba_ssm":
-        return dict(settings, rms_norm=True, residual_in_fp32=True, ssm_cfg=ssm_cfg)
+        ssm_cfg = {name: settings.pop(name) for name in SSM_CFG if name in settings}
+        return dict(settings, rms_norm=True, residual_in_fp32=True, ssm_cfg=dict(ssm_cfg, layer=kind))
     if kind == "mamba2":
         settings["num_heads"] = config.expand * config.d_model // config.headdim
     if library == "transformers":  # <|endoftext|>; by its own default generation would end at a "!"
