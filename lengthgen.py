@@ -1083,39 +1083,28 @@ class HuggingFaceEncoding(tiktoken.Encoding):
                 require(name, model.get(name), None, "", 0)
 
             # added tokens are found in a text before its words are: the special ones and others
-            added, special, ordinary = {}, [], []  # added: text -> id
+            added, special = {}, {}  # text -> id
             for token in tokenizer["added_tokens"]:
                 for name in ("lstrip", "rstrip", "single_word"):
                     require(f"{name} of an added token", token[name], False)
                 added[token["content"]] = token["id"]
                 if token["special"]:
-                    special.append(token["id"])
-                else:
-                    ordinary.append(token["content"])
+                    special[token["content"]] = token["id"]
 
             # the file spells bytes as characters: printable bytes as they are, the others from 256 on
-            byte_of = {}
-            unprintable = 0
-            for byte in range(256):
-                if 33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte:
-                    byte_of[chr(byte)] = byte
-                else:
-                    byte_of[chr(256 + unprintable)] = byte
-                    unprintable += 1
+            printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+            others = [byte for byte in range(256) if byte not in printable]
+            byte_of = {chr(byte): byte for byte in printable}
+            byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+            ranks = {}
+            for word, i in model["vocab"].items():
+                if i not in added.values():
+                    ranks[bytes(byte_of[character] for character in word)] = i
 
             # tiktoken merges pairs in the order of the ids that they get, Hugging Face in the order of a list
-            ranks, ids, merged = {}, [], []
-            for word, i in model["vocab"].items():
-                if i in added.values():
-                    continue
-                ranks[bytes(byte_of[character] for character in word)] = i
-                if len(word) > 1:
-                    ids.append(i)
-            for pair in model["merges"]:
-                if isinstance(pair, str):
-                    pair = pair.split(" ")
-                merged.append(model["vocab"]["".join(pair)])
-            if merged != sorted(ids):
+            # of pairs, "a b" or ["a", "b"]
+            merged = [model["vocab"]["".join(pair).replace(" ", "")] for pair in model["merges"]]
+            if merged != sorted(i for word, i in ranks.items() if len(word) > 1):
                 raise ValueError("its merges are not in the order of their ids")
 
             # what would go wrong later: UTF-8 has all bytes but 0xC0, 0xC1 and those from 0xF5 on
@@ -1127,8 +1116,8 @@ class HuggingFaceEncoding(tiktoken.Encoding):
             super().__init__(file, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=added)
             if self.n_vocab > os.path.getsize(file):
                 raise ValueError(f"its vocabulary of {self.n_vocab} tokens is larger than the file")
-            self.nfc, self.special = tokenizer["normalizer"] is not None, tuple(special)
-            self.added, self.added_ordinary = any_of(added), any_of(ordinary)
+            self.nfc, self.special = tokenizer["normalizer"] is not None, tuple(special.values())
+            self.added, self.added_ordinary = any_of(added), any_of(added.keys() - special.keys())
 
     def encode(self, text, allowed_special=(), **_):
         """The ids of a text; special tokens that it spells out are text, unless allowed_special is "all"."""
