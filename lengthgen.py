@@ -691,12 +691,12 @@ def copy(rows, T, shortest=5, longest=20):
         while start < T:
             n = int(torch.randint(shortest, longest + 1, (), generator=rows.rng))
             letters = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).numpy()
-            string = np.concatenate([[ord("$")], letters, [ord("|")], letters, [ord(".")]])
-            stop = min(start + len(string), T)
-            tokens[b, start:stop] = string[: stop - start]
-            if start + len(string) <= T:
+            string = [ord("$"), *letters, ord("|"), *letters, ord(".")]
+            stop = start + len(string)
+            tokens[b, start : min(stop, T)] = string[: T - start]
+            if stop <= T:
                 part[b, start + n + 1 : stop - 1] = [1] * n + [2]
-            start += len(string)
+            start = stop
     return tokens, part
 
 
@@ -786,11 +786,11 @@ def babilong(rows, T):
         line_ends = np.append(np.flatnonzero(background[b, :n] == ord("\n")) + 1, n)
         places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.numpy()
         places = line_ends[np.searchsorted(line_ends, places)]
-        first, *others = np.split(background[b, :n], places)
-        window = [*first]
-        for fact, piece in zip(facts, others, strict=True):
-            window += [*f"{fact} ".encode(), *piece]
-        tokens[b, 1:T] = [*window, *ending.encode()]
+        window = [*background[b, :n], *ending.encode()]
+        # the last fact first, so that the places of the others stay
+        for fact, place in zip(reversed(facts), reversed(places), strict=True):
+            window[place:place] = f"{fact} ".encode()
+        tokens[b, 1:T] = window
         part[b, T - 2 - len(answer) : T - 1] = 1
     return tokens, part
 
@@ -807,11 +807,9 @@ TASKS = {  # name: (function, default T, names of the parts)
 
 def stream(task, rows, T, windows):
     """Join consecutive windows of a task: tokens (B, windows*T + 1), part (B, windows*T)."""
-    batches = [task(rows, T) for _ in range(windows)]
-    tokens = [tokens[:, :-1] for tokens, _ in batches]
-    parts = [part for _, part in batches]
-    last_token = batches[-1][0][:, -1:]
-    return np.concatenate([*tokens, last_token], axis=1), np.concatenate(parts, axis=1)
+    tokens, parts = zip(*(task(rows, T) for _ in range(windows)), strict=True)
+    inputs = [window[:, :-1] for window in tokens]
+    return np.concatenate([*inputs, tokens[-1][:, -1:]], axis=1), np.concatenate(parts, axis=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -889,8 +887,7 @@ def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=N
     range_of = np.searchsorted(np.array(ends) * T, np.arange(T * windows), side="right")  # (N,)
     bins = np.where(part > 0, range_of * len(parts) + part - 1, -1)
     total, count = streaming_loss(model, tokens, bins, segment_for(B), progress=progress)
-    losses = torch.full((len(ends) * len(parts),), math.nan, dtype=torch.float64)
-    losses[: len(total)] = total / count
+    losses = F.pad(total / count, (0, len(ends) * len(parts) - len(total)), value=math.nan)
     measured = {"x": ends}
     for i, name in enumerate(parts):
         measured[name] = losses[i :: len(parts)].tolist()
