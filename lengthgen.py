@@ -1355,11 +1355,9 @@ def load_checkpoint(name_or_folder):
     if os.path.isdir(path):
         with reading(path, "a folder with a checkpoint"):
             present = os.listdir(path)
-        found = [file for file in (CHECKPOINT, *WEIGHTS) if file in present]
-        if not found:
-            raise ValueError(
-                f"no checkpoint at {path!r}, expected {CHECKPOINT}, or config.json and {WEIGHTS[-1]}"
-            )
+            found = [file for file in (CHECKPOINT, *WEIGHTS) if file in present]
+            if not found:
+                raise ValueError(f"it has neither {CHECKPOINT} nor config.json and {WEIGHTS[-1]}")
         file = os.path.join(path, found[0])
     if not file.endswith((".safetensors", ".json", ".bin")):
         with reading(file, "a checkpoint of train.py"):
@@ -1627,13 +1625,12 @@ def export_model(model, folder, format=None, dtype=torch.float32):
         config = replace(config, vocab_size=len(model.lm_head.weight))
         weights = {name.replace(".embedding.", ".embeddings."): x for name, x in weights.items()}
     settings = export_settings(config, kinds[format], dtype)
-    text = json.dumps(settings, indent=2) + "\n"
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
     write_atomically(os.path.join(folder, WEIGHTS[-1]), functools.partial(torch.save, weights))
-    write_text(os.path.join(folder, "config.json"), text)
+    write_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
 
 
 def export_settings(config, kind, dtype):
