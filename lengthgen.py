@@ -737,9 +737,7 @@ def passkey(rows, T, depth=None):
 def empty_windows(rows, T):
     """tokens (B, T+1), all <bos>, and part (B, T), all 0, for a task that is written in bytes."""
     if rows.corpus.words != 256:
-        raise ValueError(
-            f"this task is written in bytes, not in {rows.corpus.words} words: --tokenizer bytes"
-        )
+        raise ValueError(f"this task is in bytes, not in {rows.corpus.words} words: use --tokenizer bytes")
     return np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64), np.zeros((rows.B, T), dtype=np.int8)
 
 
@@ -1122,10 +1120,8 @@ class HuggingFaceEncoding(tiktoken.Encoding):
         for i, piece in enumerate(pattern.split(text)):
             if i % 2:  # what the pattern has found
                 ids.append(self._special_tokens[piece])
-                continue
-            if self.nfc:  # each piece apart: a combining mark after a special token must not join it
-                piece = unicodedata.normalize("NFC", piece)
-            ids.extend(self.encode_ordinary(piece))
+            else:  # normalized apart: a combining mark after a special token must not join it
+                ids += self.encode_ordinary(unicodedata.normalize("NFC", piece) if self.nfc else piece)
         return ids
 
     def encode_to_numpy(self, text, **options):
@@ -1196,10 +1192,7 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
         return load_bin(paths, words, encoding.special)
 
     # equal texts are read once
-    documents = {}  # text -> key
-    for key, text in sorted(read_documents(paths)):
-        if text:
-            documents[text] = key
+    documents = {text: key for key, text in sorted(read_documents(paths)) if text}
     source = " ".join(paths) or "the Python standard library"
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {source}")
