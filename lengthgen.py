@@ -1558,14 +1558,16 @@ def embedding_name(config):
 def write_atomically(path, write):
     """Call write(temporary path) and rename: whoever reads the file sees all of it, or the old one.
 
-    Raises ValueError where that fails, for one because the disk is full.
+    Makes the file's folder. Raises ValueError where that fails, for one because the disk is full.
     """
     temporary = f"{path}.tmp"
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save
-        Path(temporary).unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            os.remove(temporary)
         raise ValueError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
@@ -1618,10 +1620,6 @@ def export_model(model, folder, format=None, dtype=torch.float32):
         config = replace(config, vocab_size=len(model.lm_head.weight))
         weights = {name.replace(".embedding.", ".embeddings."): x for name, x in weights.items()}
     settings = export_settings(config, kinds[format], dtype)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the folder {folder!r} cannot be written to: {error}") from None
     write_atomically(os.path.join(folder, WEIGHTS[-1]), functools.partial(torch.save, weights))
     write_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
 
