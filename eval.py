@@ -81,18 +81,13 @@ def draw_panels(panels, path, title):
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns + 1.3, 3.1 * rows))  # legible at the width of a page
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.remove()
     in_legend = None
     for i, panel in enumerate(panels):
-        axis = axes[i]
+        axis = figure.add_subplot(rows, columns, i + 1)
         # base and control are solid, cures are dashed, and dotted where only half of the state is carried
         for label, (x, values) in panel.curves.items():
-            style = "--"
-            if label in ("base", "zero"):
-                style = "-"
-            elif label.endswith("-scan"):
+            style = "-" if label in ("base", "zero") else "--"
+            if label.endswith("-scan"):
                 style = ":"
             colour = COLOURS.get(label.removesuffix("-scan"))
             (line,) = axis.plot(x, np.mean(values, 0), style, color=colour, marker=".", label=pretty(label))
