@@ -159,16 +159,11 @@ def report(measured, picture, title):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2 The figures. A measure takes (model, task, corpus, T) and how much to measure, and returns the places "x"
-# and lists of as many values, each of which becomes a panel of that title.
+# 2 The figures. A measure takes model, corpus, T and how much to measure, and returns the places "x" and
+# lists of as many values, each of which becomes a panel of that title.
 
 
-def measure_text(model, task, corpus, T, B, windows):
-    """Loss by position on streams of pure text, whatever the model was trained on."""
-    return lg.position_wise(model, "text", corpus, T, B, windows)
-
-
-def measure_gap(model, task, corpus, T, B, windows):
+def measure_gap(model, corpus, T, B, windows):
     """lengthgen.paired_gap of plain text, as means over ranges of blocks that double in length."""
     tokens, _ = lg.stream(lg.text, lg.Rows(corpus, "val", B, True, 0), T, windows)
     gap = lg.paired_gap(model, tokens, T)
@@ -177,21 +172,18 @@ def measure_gap(model, task, corpus, T, B, windows):
     return {"x": ends, "the same text after the whole past, minus after T": means}
 
 
-def measure_state(model, task, corpus, T, B, windows):
+def measure_state(model, corpus, T, B, windows):
     """How much lengthgen.state_std grows from T on, on streams of echo."""
-    at = [T // 2, T]
-    while 2 * at[-1] <= windows * T:
-        at.append(2 * at[-1])
+    at = [2**i * T // 2 for i in range(windows.bit_length() + 1)]  # T/2, T, 2T, 4T, ...
     tokens, _ = lg.stream(lg.echo, lg.Rows(corpus, "val", B, True, 0), T, windows)
     full, layers, _ = lg.state_std(model, tokens, at)
-    at_T = at.index(T)
-    measured = {"x": [position / T for position in at], "the full state": (full / full[at_T]).tolist()}
+    measured = {"x": [position / T for position in at], "the full state": (full / full[1]).tolist()}
     for i, layer in enumerate(layers.T):
-        measured[f"layer {i}"] = (layer / layer[at_T]).tolist()
+        measured[f"layer {i}"] = (layer / layer[1]).tolist()
     return measured
 
 
-def measure_retention(model, task, corpus, T, B):
+def measure_retention(model, corpus, T, B):
     """How much of its state each head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted."""
     tokens, _ = lg.echo(lg.Rows(corpus, "val", B, True, 0), T)
     kept = []
@@ -201,46 +193,42 @@ def measure_retention(model, task, corpus, T, B):
     return {"x": list(range(1, len(kept) + 1)), "what heads keep over T": sorted(kept)}
 
 
-def measure_changed(model, task, corpus, T, B, windows, amounts, operation):
+def measure_changed(model, corpus, T, B, windows, amounts, operation):
     """Loss beyond 4 T on echo when a model forgets faster without training: by operation(log_a, amount)."""
     tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", B, True, 0), T, windows)
     bins = np.where(np.arange(T * windows) < 4 * T, -1, part - 1)  # 0 is text, 1 is echo
-    text_losses = []
-    echo_losses = []
+    losses = []
     for amount in amounts:
         with lg.changed_decay(model, functools.partial(operation, other=amount)):
             total, count = lg.streaming_loss(model, tokens, bins, lg.segment_for(B))
-        text_loss, echo_loss = (total / count).tolist()
-        text_losses.append(text_loss)
-        echo_losses.append(echo_loss)
-    return {"x": amounts, "text": text_losses, "echo": echo_losses}
+        losses.append(total / count)
+    text, echo = torch.stack(losses, 1).tolist()
+    return {"x": amounts, "text": text, "echo": echo}
 
 
-def measure_effrem(model, task, corpus, T, B):
+def measure_effrem(model, corpus, T, B):
     """The mean of lengthgen.effective_remembrance over the predictions of each part of an episode of echo."""
     starts = sorted({1, *(T * i // 8 for i in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32))} - {0})
     tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", B, True, 0), T, 5)
     # a few rows at a time, because every suffix is one more row of the batch
-    distances = []
-    for row_tokens in np.split(tokens[:, :-1], range(16, B, 16)):
-        distances.append(lg.effective_remembrance(model, row_tokens, starts, 4 * T))
+    pieces = np.split(tokens[:, :-1], range(16, B, 16))
+    distances = [lg.effective_remembrance(model, piece, starts, 4 * T) for piece in pieces]
     distance = torch.cat(distances, dim=1)  # (starts, B, T)
-    is_text = torch.from_numpy(part[:, 4 * T :] == 1)
-    is_echo = torch.from_numpy(part[:, 4 * T :] == 2)
-    measured = {"x": [start / T for start in starts]}
-    measured["predictions of text"] = distance[:, is_text].mean(1).tolist()
-    measured["predictions of echo"] = distance[:, is_echo].mean(1).tolist()
-    return measured
+    part = torch.from_numpy(part[:, 4 * T :])
+    text = distance[:, part == 1].mean(1).tolist()
+    echo = distance[:, part == 2].mean(1).tolist()
+    x = [start / T for start in starts]
+    return {"x": x, "predictions of text": text, "predictions of echo": echo}
 
 
-def measure_packed(model, task, corpus, T, B, windows):
+def measure_packed(model, corpus, T, B, windows):
     """The mean of lengthgen.accuracy over the copied letters in each window of a stream of packed strings."""
     tokens, part = lg.stream(lg.copy, lg.Rows(corpus, "val", B, True, 0), T, windows)
     right = lg.accuracy(model, tokens, part == 1).unflatten(1, (windows, T))
     return {"x": list(range(1, windows + 1)), "packed strings": right.nanmean((0, 2)).tolist()}
 
 
-def measure_passkey(model, task, corpus, T, B, lengths):
+def measure_passkey(model, corpus, T, B, lengths):
     """The share of windows whose five digits come first in the greedy continuation."""
     measured = {"x": lengths}
     for distance in (1, 3, 8):
@@ -253,7 +241,7 @@ def measure_passkey(model, task, corpus, T, B, lengths):
     return measured
 
 
-def measure_babilong(model, task, corpus, T, B, lengths):
+def measure_babilong(model, corpus, T, B, lengths):
     """The share of our own stories whose question is answered in the very words."""
     shares = []
     for length in lengths:
@@ -270,26 +258,23 @@ def exact_match(model, tokens, asked):
 
 AT = "position (T)"
 LOSS = "loss (nats per token)"
+BEYOND = "loss beyond 4 T (nats)"
+MINUS = [0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]
+TIMES = [1, 1.5, 2, 3, 5, 8, 12]
+on_echo = functools.partial(lg.position_wise, task_name="echo")
+on_text = functools.partial(lg.position_wise, task_name="text")
+minus = functools.partial(measure_changed, operation=torch.sub)
+times = functools.partial(measure_changed, operation=torch.mul)
 MEASURES = {  # name: (function, how much it measures, the labels of the axes); B streams or windows
-    "poswise": (lg.position_wise, dict(B=64, windows=256), AT, LOSS),
-    "interventions": (lg.position_wise, dict(B=256, windows=64), AT, LOSS),
-    "text": (measure_text, dict(B=128, windows=64), AT, LOSS),
+    "poswise": (on_echo, dict(B=64, windows=256), AT, LOSS),
+    "interventions": (on_echo, dict(B=256, windows=64), AT, LOSS),
+    "text": (on_text, dict(B=128, windows=64), AT, LOSS),
     "gap": (measure_gap, dict(B=128, windows=64), AT, "paired gap (nats)"),
     "state": (measure_state, dict(B=64, windows=64), "t (T)", "std over that at T"),
     "effrem": (measure_effrem, dict(B=64), "t: tokens left out (T)", "EffRem(t), total variation"),
     "retention": (measure_retention, dict(B=256), "head, sorted", "share of the state"),
-    "minus": (
-        functools.partial(measure_changed, operation=torch.sub),
-        dict(B=32, windows=64, amounts=[0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]),
-        "d: log_a minus d",
-        "loss beyond 4 T (nats)",
-    ),
-    "times": (
-        functools.partial(measure_changed, operation=torch.mul),
-        dict(B=32, windows=64, amounts=[1, 1.5, 2, 3, 5, 8, 12]),
-        "c: log_a times c",
-        "loss beyond 4 T (nats)",
-    ),
+    "minus": (minus, dict(B=32, windows=64, amounts=MINUS), "d: log_a minus d", BEYOND),
+    "times": (times, dict(B=32, windows=64, amounts=TIMES), "c: log_a times c", BEYOND),
     "packed": (measure_packed, dict(B=256, windows=4), AT, "accuracy"),
     "passkey": (measure_passkey, dict(B=32, lengths=[1, 2, 4, 8, 16, 32, 64, 128]), "length (T)", "accuracy"),
     "babilong": (measure_babilong, dict(B=64, lengths=[1, 2, 4, 8, 16]), "length (T)", "accuracy"),
@@ -355,7 +340,7 @@ def draw(name, args, seeds, device):
                 folder = run_folder(args.out, args.model, task, run, seed)
                 checkpoint = finished(folder)
                 if checkpoint:
-                    measured.append(measure_run(measure, task, folder, checkpoint, device))
+                    measured.append(measure_run(measure, folder, checkpoint, device))
             if measured:
                 found[label] = measured
         if not found:
@@ -384,7 +369,7 @@ def default_corpus():
     return lg.load_corpus()
 
 
-def measure_run(name, task, folder, checkpoint, device):
+def measure_run(name, folder, checkpoint, device):
     """A measurement of a run, from its file unless the checkpoint is younger or the settings are others."""
     function, settings, _, _ = MEASURES[name]
     file = os.path.join(folder, f"eval-{name}.json")
@@ -397,7 +382,7 @@ def measure_run(name, task, folder, checkpoint, device):
             found = f"was trained on {trained.get('data')}, not on {default_corpus().name}"
             raise ValueError(f"{folder} {found}: choose another --out")
         model = lg.model_from_checkpoint(checkpoint).to(device).eval()
-        value = function(model, task, default_corpus(), trained["T"], **settings)
+        value = function(model, corpus=default_corpus(), T=trained["T"], **settings)
         kept = dict(value=value, settings=settings, trained=trained, versions=versions())
         write_json(file, kept)
     return kept["value"]

@@ -266,7 +266,7 @@ def test_copy_makes_one_string_of_any_length(corpus):
 
 def test_the_accuracy_of_copying_is_that_of_the_letters_alone(corpus):
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
-    assert ev.measure_packed(model, "copy", corpus, 64, B=4, windows=2)["packed strings"] == [0, 0]
+    assert ev.measure_packed(model, corpus, 64, B=4, windows=2)["packed strings"] == [0, 0]
 
 
 def test_the_passkey_is_measured_by_what_follows_the_key(corpus, monkeypatch):
@@ -278,7 +278,7 @@ def test_the_passkey_is_measured_by_what_follows_the_key(corpus, monkeypatch):
 
     monkeypatch.setattr(lg, "passkey", recorded)
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
-    measured = ev.measure_passkey(model, "passkey", corpus, 64, B=2, lengths=[2, 16])
+    measured = ev.measure_passkey(model, corpus, 64, B=2, lengths=[2, 16])
     assert drawn == [(128, 1 / 2), (1024, 15 / 16), (128, 0), (1024, 13 / 16), (128, 0), (1024, 1 / 2)]
     assert measured["up to 3 T of filler after the key"] == [1, 1]  # "." is right
 
@@ -391,8 +391,8 @@ def test_forgetting_faster_is_the_loss_with_the_changed_decay_beyond_4_T(corpus)
         return (total / count).tolist()
 
     options = dict(B=2, windows=8)
-    minus = ev.MEASURES["minus"][0](model, "echo", corpus, 50, **options, amounts=[0, 0.5])
-    times = ev.MEASURES["times"][0](model, "echo", corpus, 50, **options, amounts=[1, 3])
+    minus = ev.MEASURES["minus"][0](model, corpus, 50, **options, amounts=[0, 0.5])
+    times = ev.MEASURES["times"][0](model, corpus, 50, **options, amounts=[1, 3])
     for measured, changes in (
         (minus, [lambda log_a: log_a, lambda log_a: log_a - 0.5]),
         (times, [lambda log_a: log_a, lambda log_a: 3 * log_a]),
