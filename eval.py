@@ -61,19 +61,17 @@ def panels_of(name, found):
     found: {label of a run: measurements, one per seed}
     """
     _, _, xlabel, ylabel = MEASURES[name]
-    first = next(iter(found.values()))[0]
-    panels = []
-    for title in first:
-        if title != "x":
-            curves = {}
-            for label, measured in found.items():
-                # the measurements come from files, which may be damaged
-                with lg.reading(f"eval-{name}.json of {label}", "a measurement: remove it"):
-                    numbers = np.array([[m["x"], m[title]] for m in measured], float)  # (seeds, 2, n)
-                    assert numbers.ndim == 3 and not (abs(numbers) > 1e100).any(), "no rows of plain numbers"
-                curves[label] = (numbers[0, 0].tolist(), numbers[:, 1].tolist())
-            panels.append(Panel(title, xlabel, ylabel, curves))
-    return panels
+    panels = {}  # by title
+    for label, measured in found.items():
+        # the measurements come from files, which may be damaged
+        with lg.reading(f"eval-{name}.json of {label}", "a measurement: remove it"):
+            _, *titles = measured[0]  # without "x"
+            for title in titles:
+                numbers = np.array([[m["x"], m[title]] for m in measured], float)  # (seeds, 2, n)
+                assert numbers.ndim == 3 and not (abs(numbers) > 1e100).any(), "no rows of plain numbers"
+                panel = panels.setdefault(title, Panel(title, xlabel, ylabel, {}))
+                panel.curves[label] = (numbers[0, 0].tolist(), numbers[:, 1].tolist())
+    return list(panels.values())
 
 
 def draw_panels(panels, path, title):
@@ -335,14 +333,12 @@ def draw(name, args, seeds, device):
             labels = {label: label for label in [*labels, *forks]}
         found = {}
         for label, run in labels.items():
-            measured = []
             for seed in seeds:
                 folder = run_folder(args.out, args.model, task, run, seed)
                 checkpoint = finished(folder)
                 if checkpoint:
-                    measured.append(measure_run(measure, folder, checkpoint, device))
-            if measured:
-                found[label] = measured
+                    measurement = measure_run(measure, folder, checkpoint, device)
+                    found.setdefault(label, []).append(measurement)
         if not found:
             command = f"python eval.py reproduce {name} --model {args.model} --out {args.out}"
             raise MissingRuns(f"no finished run of {args.model} on {task}, make it with: {command}")
@@ -357,9 +353,8 @@ def draw(name, args, seeds, device):
     file = os.path.join(args.out, "results.json")
     results = read_json(file)
     command = f"python eval.py {name} --out {args.out} --model {args.model} --seeds {len(seeds)}"
-    entry = dict(
-        picture=path, command=command, versions=versions(), panels=[panel._asdict() for panel in panels]
-    )
+    entry = dict(picture=path, command=command, versions=versions())
+    entry["panels"] = [panel._asdict() for panel in panels]
     results.setdefault(args.model, {})[name] = entry
     write_json(file, results)
 
