@@ -506,17 +506,11 @@ def given_poswise(args):
     task = args.task or settings["task"]
     corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
     check_vocabulary(model, corpus, args.init)
-    progress = Progress("loss by position")
-    measured = lg.position_wise(model, task, corpus, T, args.rows, args.windows, progress=progress)
-    path = os.path.join(args.out, f"poswise-{base_name(args.init)}")
-    title = f"{args.init} on {task}, trained on T = {T} tokens"
-    report({base_name(args.init): measured}, f"{path}.png", title)
+    measured = lg.position_wise(model, task, corpus, T, args.rows, args.windows, progress=Progress())
+    name = os.path.basename(os.path.abspath(args.init))
+    path = os.path.join(args.out, f"poswise-{name}")
+    report({name: measured}, f"{path}.png", f"{args.init} on {task}, trained on T = {T} tokens")
     write_json(f"{path}.json", dict(measured, T=T, command=shlex.join(sys.argv)))
-
-
-def base_name(checkpoint):
-    """The last part of a path or of a hub name."""
-    return os.path.basename(os.path.abspath(checkpoint))
 
 
 def given_babilong(args):
@@ -540,7 +534,7 @@ def given_babilong(args):
             right += lg.babilong_score(output, answer, question, int(task[1]))
         accuracy[file] = right / len(entries)
         print(f"{file}: {accuracy[file]:.3f} of {len(entries)}", flush=True)
-    path = os.path.join(args.out, f"babilong-{base_name(args.init)}.json")
+    path = os.path.join(args.out, f"babilong-{os.path.basename(os.path.abspath(args.init))}.json")
     write_json(path, dict(accuracy=accuracy, command=shlex.join(sys.argv)))
     print(f"numbers: {path}")
 
@@ -617,18 +611,16 @@ def rank():
 
 
 class Progress:
-    """Called with the share of some work that is done: prints it, with the time left, every ten seconds."""
+    """Called with the share of a measure that is done: prints it, with the time left, every ten seconds."""
 
-    def __init__(self, what):
-        self.what = what
-        self.started = time.time()
-        self.printed = time.time()
+    def __init__(self):
+        self.started = self.printed = time.time()
 
     def __call__(self, done):
         if time.time() - self.printed > 10:
             self.printed = time.time()
             left = (self.printed - self.started) * (1 - done) / done
-            print_once(f"  {self.what}  {done:4.0%}  {clock(left)} left")
+            print_once(f"  loss by position  {done:4.0%}  {clock(left)} left")
 
 
 def clock(seconds):

@@ -451,7 +451,7 @@ def check_settings(checkpoint, settings, folder):
 def measure(model, args, corpus):
     """The loss by position of a model, on fewer streams where they are longer."""
     B = max(16, min(256, 12800 // args.T))
-    return lg.position_wise(model, args.task, corpus, args.T, B, progress=ev.Progress("loss by position"))
+    return lg.position_wise(model, args.task, corpus, args.T, B, progress=ev.Progress())
 
 
 def main(argv=None):
