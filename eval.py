@@ -323,7 +323,7 @@ class MissingRuns(ValueError):
     """A figure has no finished runs to draw."""
 
 
-def draw(name, args, seeds, device):
+def draw(name, args, device):
     """Draw one figure of the runs under --out, print its numbers, and add them to results.json."""
     title, _, blocks = FIGURES[name]
     panels = []
@@ -333,7 +333,7 @@ def draw(name, args, seeds, device):
             labels = {label: label for label in [*labels, *forks]}
         found = {}
         for label, run in labels.items():
-            for seed in seeds:
+            for seed in range(args.seeds):
                 folder = run_folder(args.out, args.model, task, run, seed)
                 checkpoint = finished(folder)
                 if checkpoint:
@@ -345,14 +345,14 @@ def draw(name, args, seeds, device):
         panels += panels_of(measure, found)
     path = os.path.join(args.out, "figures", f"{args.model}-{name}.png")
     make_folder(os.path.dirname(path))
-    draw_panels(panels, path, f"{title}\n{args.model}, {len(seeds)} seed{'s' * (len(seeds) > 1)}")
+    draw_panels(panels, path, f"{title}\n{args.model}, {args.seeds} seed{'s' * (args.seeds > 1)}")
     print(f"\n{name}: {path}")
     print_panels(panels)
 
     # the numbers of other figures and architectures stay
     file = os.path.join(args.out, "results.json")
     results = read_json(file)
-    command = f"python eval.py {name} --out {args.out} --model {args.model} --seeds {len(seeds)}"
+    command = f"python eval.py {name} --out {args.out} --model {args.model} --seeds {args.seeds}"
     entry = dict(picture=path, command=command, versions=versions())
     entry["panels"] = [panel._asdict() for panel in panels]
     results.setdefault(args.model, {})[name] = entry
@@ -453,22 +453,19 @@ def command_lines(experiment, out, model, seed):
     return lines
 
 
-def reproduce(names, args, seeds, device):
-    """Train what some figures need, one command line after the other, then draw them."""
+def train_for(names, args):
+    """Train what some figures need, one command line after the other."""
     lines = []
     for name in names:
-        for seed in seeds:
+        for seed in range(args.seeds):
             for line in command_lines(FIGURES[name][1], args.out, args.model, seed):
                 if line not in lines:
                     lines.append(line)
     started = time.time()
     for i, line in enumerate(lines, 1):
-        print(f"\nrun {i} of {len(lines)}, {(time.time() - started) / 60:.0f} minutes gone")
+        print(f"\nrun {i} of {len(lines)}, {clock(time.time() - started)} minutes gone")
         print(f"python train.py {shlex.join(line)}", flush=True)
         run_train(line)
-    for name in names:
-        draw(name, args, seeds, device)
-    print(f"\nreproduced in {(time.time() - started) / 60:.0f} minutes")
 
 
 def run_train(line):
@@ -697,17 +694,15 @@ def main(argv=None):
 
     # figures of the runs under --out
     device = choose_device(args.device)
-    seeds = range(args.seeds)
-    names = [name for name in args.what if name in FIGURES]
+    asked = [name for name in args.what if name in FIGURES]
     if "reproduce" in args.what:
         make_folder(args.out)
-        reproduce(names or list(FIGURES), args, seeds, device)
-        return
-    for name in names or FIGURES:
+        train_for(asked or FIGURES, args)
+    for name in asked or FIGURES:
         try:
-            draw(name, args, seeds, device)
+            draw(name, args, device)
         except MissingRuns as error:
-            if names:  # asked for by name
+            if asked:
                 raise
             print(f"{name}: left out, {error}")
 

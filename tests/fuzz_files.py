@@ -61,7 +61,7 @@ def damage(file, data, rng):
 def read(folder, file, i):
     ev.draw_panels = DRAW if i % 10 == 0 else lambda *_: None  # which takes most of the time
     if folder.name == "figure":
-        ev.draw("state", ev.parse_arguments(["--out", str(folder)]), [0], CPU)
+        ev.draw("state", ev.parse_arguments(["--out", str(folder)]), CPU)
     elif folder.name == "tokenizer":
         lg.load_corpus(__file__, str(folder))
     elif folder.name == "text":
