@@ -403,25 +403,16 @@ def write_json(file, value):
 
 # not pre-trained for longer, because the base then learns by itself to drop the string before
 COPY = "--task copy --T 44 --steps 1000"
+AFTER_COPY = f"{COPY} --lr 2e-3 --zero-prob 0.2"
 # the base of echo can repeat what it has just read
-PASSKEY = "--task passkey --T 160 --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1"
+PASSKEY = "--task passkey --T 160 --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1 --init {base}"
 BABILONG = "--task babilong --T 144 --batch 32 --steps 500 --lr 3e-3 --intervention zero"
-PLAN = {  # experiment: command lines in the order of dependence; {base} is the folder of the base of echo
-    "echo": [
-        "--task echo --intervention {each}",  # a line for each of INTERVENTIONS
-        "--task echo --intervention state_passing --carry scan",
-    ],
+PLAN = {  # experiment: command lines in the order of dependence; {each} is a line for each intervention,
+    # {base}, {tbtt}, ... are the folders of the runs of echo
+    "echo": ["--task echo --intervention {each}", "--task echo --intervention state_passing --carry scan"],
     "mixed": ["--task mixed", "--task mixed --intervention {each}"],
-    "copy": [
-        COPY,
-        COPY + " --lr 2e-3 --zero-prob 0.2 --intervention zero",
-        COPY + " --lr 2e-3 --zero-prob 0.2 --intervention state_passing",
-    ],
-    "passkey": [
-        "--task echo",
-        PASSKEY + " --init {base} --intervention zero",
-        PASSKEY + " --init {base} --intervention fitted_noise",
-    ],
+    "copy": [COPY, f"{AFTER_COPY} --intervention zero", f"{AFTER_COPY} --intervention state_passing"],
+    "passkey": ["--task echo", f"{PASSKEY} --intervention zero", f"{PASSKEY} --intervention fitted_noise"],
     "babilong": [
         "--task echo --intervention state_passing",
         "--task echo --intervention tbtt",
