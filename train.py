@@ -119,9 +119,7 @@ def learning_rate(step, steps, peak, hold=0.0):
     if step < warmup:
         return peak * (step + 1) / warmup
     fall = max(warmup, int(hold * steps))  # the step from which the rate falls
-    if step < fall:
-        return peak
-    progress = (step - fall) / max(1, steps - fall)
+    progress = max(0, step - fall) / max(1, steps - fall)
     final = min(FINAL_LR, peak)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
