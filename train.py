@@ -126,17 +126,14 @@ def learning_rate(step, steps, peak, hold=0.0):
 
 def make_optimizer(model):
     """AdamW without weight decay on norms, biases, D, dt_bias and A_log."""
-    decayed = []
-    not_decayed = []
+    decayed = dict(params=[], weight_decay=WEIGHT_DECAY)
+    not_decayed = dict(params=[], weight_decay=0.0)
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() > 1 and not name.endswith("A_log")
-        if is_matrix:
-            decayed.append(parameter)
-        else:
-            not_decayed.append(parameter)
-    groups = [dict(params=decayed, weight_decay=WEIGHT_DECAY), dict(params=not_decayed, weight_decay=0.0)]
+        group = decayed if is_matrix else not_decayed
+        group["params"].append(parameter)
     fused = model.lm_head.weight.device.type != "mps"
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=fused)
+    return torch.optim.AdamW([decayed, not_decayed], lr=0.0, betas=BETAS, fused=fused)
 
 
 # --------------------------------------------------------------------------------------------------
