@@ -280,27 +280,22 @@ def alone_in(folder):
     """Wait until no other process trains in the folder, and keep others out. Yields a list for the signals
     that ask to stop, which are collected there instead of ending the program."""
     ev.make_folder(folder)
-    lock = None
-    if rank() == 0 and fcntl is not None:
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process trains here, waiting until it has finished", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    if dist.is_initialized():
-        dist.barrier()  # the other ranks wait for the first one
-    signals = []
-    handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        if rank() == 0 and fcntl is not None:
+            lock = os.open(folder, os.O_RDONLY)
+            at_the_end.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}: another process trains here, waiting until it has finished", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if dist.is_initialized():
+            dist.barrier()  # the other ranks wait for the first one
+        signals = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.signal(number, lambda number, _: signals.append(number))
+            at_the_end.callback(signal.signal, number, handler)
         yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if lock is not None:
-            os.close(lock)
 
 
 def check_finite(value, step, saved_step, folder, settings):
