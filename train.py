@@ -309,23 +309,18 @@ def check_finite(value, step, saved_step, folder, settings):
 
 
 def start_metrics(folder, first_step):
-    """The path of metrics.jsonl. A run that goes on keeps the lines of the steps before its checkpoint."""
+    """The path of metrics.jsonl, which keeps the lines up to first_step, but those that a power cut tore."""
     file = os.path.join(folder, "metrics.jsonl")
-    lines = []
-    if first_step and os.path.exists(file):
+    kept = []
+    if os.path.exists(file):
         with open(file, errors="replace") as f:
-            lines = [line for line in f if is_metric(line, first_step)]
+            for line in f:
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    if json.loads(line)["step"] <= first_step:
+                        kept.append(line)
     if rank() == 0:
-        lg.write_text(file, "".join(lines))
+        lg.write_text(file, "".join(kept))
     return file
-
-
-def is_metric(line, last_step):
-    """Whether a line is whole, and of a step up to the last one: a power cut may have torn it."""
-    try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def save_run(folder, settings, model, optimizer, carried, step, seconds):
