@@ -326,9 +326,8 @@ def start_metrics(folder, first_step):
 def save_run(folder, settings, model, optimizer, carried, step, seconds):
     """Write, in one step, everything that a run of one or several ranks needs to go on."""
     this_rank = carried.state_dict()
-    ranks = [this_rank]
+    ranks = [this_rank] * settings["ranks"]
     if dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, this_rank)
     checkpoint = dict(config=asdict(model.config), settings=settings, step=step, seconds=seconds, ranks=ranks)
     checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict(), versions=ev.versions())
@@ -346,15 +345,14 @@ def load_run(folder, settings, model, optimizer, carried):
         is_step = type(step) is int and 0 < step <= settings["steps"]
         assert is_step and 0 <= seconds < 1e9, f"it claims to be at step {step} after {seconds} seconds"
         model.load_state_dict(saved["model"])
-        if step == settings["steps"]:  # a finished run, perhaps of another device, needs no more
-            return step, float(seconds)
-        # a step of length 0 makes the moments of the optimizer, which are then filled
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        fill(optimizer.state_dict()["state"], saved["optimizer"]["state"], "moments")
-        carried.load_state_dict(saved["ranks"][rank()], step)
-        return step, float(seconds)
+        if step < settings["steps"]:  # a finished run, perhaps of another device, needs no more
+            # a step of length 0 makes the moments of the optimizer, which are then filled
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            fill(optimizer.state_dict()["state"], saved["optimizer"]["state"], "moments")
+            carried.load_state_dict(saved["ranks"][rank()], step)
+    return step, float(seconds)
 
 
 # --------------------------------------------------------------------------------------------------
