@@ -45,11 +45,11 @@ TINY_MODELS = {  # they learn echo on a laptop in minutes
 # hold: the share of the steps after which the learning rate begins to fall; 0 is the paper's schedule
 PRETRAIN = dict(steps=1400, lr=3e-3, hold=0.0)
 PRETRAIN_MIXED = dict(steps=1840, lr=5e-3, hold=0.85)  # with less, plain text hardly breaks
-POSTTRAIN = dict(steps=500, lr=1e-3, batch=64, zero_prob=0.5)
+POSTTRAIN = dict(steps=500, lr=1e-3, hold=0.0, batch=64, zero_prob=0.5)
 # Models above LARGE parameters take the paper's steps and tokens, and no zero starts. The paper does not give
 # its learning rate; ours is the geometric mean of the peak of pre-training (6e-4 to 2e-4) and FINAL_LR.
 LARGE = 50e6
-POSTTRAIN_LARGE = dict(steps=500, lr=5e-5, batch=8, zero_prob=0.0)
+POSTTRAIN_LARGE = dict(steps=500, lr=5e-5, hold=0.0, batch=8, zero_prob=0.0)
 TOKENS_LARGE = 2**19  # tokens of a step, by accumulation
 # the paper's
 FINAL_LR = 1e-5
@@ -57,6 +57,11 @@ WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 SAVE_EVERY = 100  # steps
+
+SETTINGS = (  # what is kept of the arguments: a run goes on only where all of it is the same
+    "model", "task", "T", "tokenizer", "batch", "accumulate", "seed", "compile", "intervention", "carry",
+    "zero_prob", "noise_std", "steps", "lr", "hold",
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # 2 Arguments
@@ -359,46 +364,42 @@ def load_run(folder, settings, model, optimizer, carried):
 # 5 The base, post-training, main
 
 
+def set_missing(args, **values):
+    """Give these values to the arguments that the command line leaves open."""
+    for name, value in values.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
 def fill_in(args, init):
-    """Fill in what the command line leaves open, from the checkpoint of --init or from the recipes."""
-    settings = {"task": "echo", "tokenizer": "bytes", "model": args.model or "mamba2"}
+    """Fill in what the command line leaves open, from the checkpoint of --init, then from the recipes."""
+    args.large = False
     if init:
         layer = init["config"]["layer"]
         if args.model not in (None, layer):
             raise ValueError(f"{args.init} is a {layer}, no {args.model}: leave --model out")
-        settings.update(init["settings"] | dict(model=init["settings"].get("model", layer)))
-    args.model = settings["model"]  # its name in the folders of runs
-    args.task = args.task or settings["task"]
-    args.T = args.T or settings.get("T") or lg.TASKS[args.task][1]
-    if args.tokenizer is None:
-        args.tokenizer = settings["tokenizer"] or "bytes"
+        settings = init["settings"]
+        args.model = settings.get("model", layer)  # its name in the folders of runs
+        set_missing(args, task=settings["task"], T=settings["T"], tokenizer=settings.get("tokenizer"))
+        args.large = sum(x.numel() for x in lg.model_from_checkpoint(init).parameters()) > LARGE
+    set_missing(args, model="mamba2", task="echo", tokenizer="bytes")
+    set_missing(args, T=lg.TASKS[args.task][1])
 
-    # batch and accumulate, of the base too, and zero_prob
-    args.large = False
-    if init:
-        size = sum(x.numel() for x in init["model"].values())
-        if init["config"]["tie_embeddings"]:
-            size -= init["model"]["lm_head.weight"].numel()
-        args.large = size > LARGE
-    recipe = POSTTRAIN_LARGE if args.large else POSTTRAIN
-    args.batch = args.batch or recipe["batch"]
-    if args.zero_prob is None:
-        args.zero_prob = recipe["zero_prob"]
-    if args.accumulate is None:
-        args.accumulate = 1
-        if args.large:
-            ranks = int(os.environ.get("WORLD_SIZE", 1))
-            args.accumulate = math.ceil(TOKENS_LARGE / (args.batch * args.T * ranks))
-    return recipe
-
-
-def get_base(args, init, folder, corpus, common, device):
-    """The base model: of --init, or of a finished run in the folder, or trained there from zero states."""
-    recipe = PRETRAIN_MIXED if args.task == "mixed" else PRETRAIN
-    settings = dict(common, intervention="zero", carry="full", zero_prob=0.0, noise_std=0.0, **recipe)
-    keys = ["task", "T", "data"]  # settings that a finished base must share
+    args.pretrain = PRETRAIN_MIXED if args.task == "mixed" else PRETRAIN
     if not args.intervention:  # the command line is about the base alone
-        settings.update(steps=args.steps or recipe["steps"], lr=args.lr or recipe["lr"])
+        set_missing(args, **args.pretrain)
+    set_missing(args, **(POSTTRAIN_LARGE if args.large else POSTTRAIN))
+    step_of_one = args.batch * args.T * int(os.environ.get("WORLD_SIZE", 1))  # tokens without accumulation
+    set_missing(args, accumulate=math.ceil(TOKENS_LARGE / step_of_one) if args.large else 1)
+
+
+def get_base(args, init, folder, corpus, settings, device):
+    """The base model: of --init, or of a finished run in the folder, or trained there from zero states."""
+    settings = settings | dict(intervention="zero", carry="full", zero_prob=0.0, noise_std=0.0)
+    keys = ["task", "T", "data"]  # settings that a finished base must share
+    if args.intervention:
+        settings |= args.pretrain
+    else:
         keys += ["steps", "lr", "batch", "accumulate"]
     checkpoint = init or ev.finished(folder)
     if checkpoint is None:
@@ -441,37 +442,27 @@ def main(argv=None):
     """Run one command line of train.py; ValueError if it is wrong."""
     started = time.time()
     args = parse_arguments(argv)
-    init = None
-    vocab_size = None
-    if args.init is not None:
-        init = lg.load_checkpoint(args.init)
-        vocab_size = init["config"]["vocab_size"]
-    recipe = fill_in(args, init)
-    corpus = lg.load_corpus(args.data, args.tokenizer, vocab_size)
+    init = lg.load_checkpoint(args.init) if args.init else None
+    fill_in(args, init)
+    corpus = lg.load_corpus(args.data, args.tokenizer, init["config"]["vocab_size"] if init else None)
     for split in ("train", "val"):  # a text that is too short, or a T that does not fit, is found out here
         lg.TASKS[args.task][0](lg.Rows(corpus, split, 1, True, 0), args.T)
     ev.make_folder(args.out)
     device = ev.choose_device(args.device)
-    print_once(
-        f"corpus: {corpus.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out"
-    )
+    counts = f"{len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out"
+    print_once(f"corpus: {corpus.name}, {counts}")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings.update(data=corpus.name, ranks=start_ranks(device))
 
     # the base, from zero states
-    common = dict(task=args.task, T=args.T, data=corpus.name, batch=args.batch, accumulate=args.accumulate)
-    common.update(seed=args.seed, ranks=start_ranks(device), compile=args.compile)
-    common.update(model=args.model, tokenizer=args.tokenizer)
     folder = ev.run_folder(args.out, args.model, args.task, "base", args.seed)
-    model = get_base(args, init, folder, corpus, common, device)
+    model = get_base(args, init, folder, corpus, settings, device)
     results = {"base": measure(model, args, corpus)}
 
     # the intervention
     if args.intervention:
-        settings = dict(common, intervention=args.intervention, carry=args.carry, zero_prob=args.zero_prob)
-        settings.update(noise_std=args.noise_std, hold=0.0, init=args.init or folder)
-        settings.update(steps=args.steps or recipe["steps"], lr=args.lr or recipe["lr"])
-        label = args.intervention
-        if args.carry == "scan":
-            label += "-scan"
+        settings["init"] = args.init or folder
+        label = f"{args.intervention}-scan" if args.carry == "scan" else args.intervention
         folder = ev.run_folder(args.out, args.model, args.task, label, args.seed)
         print_once(f"post-training: {', '.join(f'{name} {value}' for name, value in settings.items())}")
         with alone_in(folder) as signals:
