@@ -29,11 +29,6 @@ import eval as ev
 import lengthgen as lg
 from eval import print_once, rank
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 # --------------------------------------------------------------------------------------------------
 # 1 Recipes
 
@@ -286,7 +281,9 @@ def alone_in(folder):
     that ask to stop, which are collected there instead of ending the program."""
     ev.make_folder(folder)
     with contextlib.ExitStack() as at_the_end:
-        if rank() == 0 and fcntl is not None:
+        if rank() == 0 and os.name == "posix":  # Windows has no such locks
+            import fcntl
+
             lock = os.open(folder, os.O_RDONLY)
             at_the_end.callback(os.close, lock)
             try:
