@@ -56,9 +56,8 @@ def check_inputs(q, k, v, log_a, state):
             raise ValueError(f"{name} {shape} is {x.dtype}, expected {q.dtype} like q")
     # only on a CPU: a look at the values would make every call wait for the GPU
     if log_a.device.type == "cpu" and not torch.compiler.is_compiling() and log_a.max() > 0:
-        raise ValueError(
-            f"log_a {tuple(log_a.shape)} reaches {log_a.max():.3}, expected no log decay above 0"
-        )
+        reached = f"log_a {tuple(log_a.shape)} reaches {log_a.max():.3}"
+        raise ValueError(f"{reached}, expected no log decay above 0")
     return B, T, G, H, K, V
 
 
@@ -441,9 +440,7 @@ if triton is not None:
             reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
         """
         # Where this program works. A 1-d grid, as the other axes stop at 65535; offsets in 64 bits
-        tl.static_assert(
-            DECAY != "value" or qdq is not None
-        )  # in this mode only the qdq branch adds the pair s = t
+        tl.static_assert(DECAY != "value" or qdq is not None)  # only qdq adds the pair s = t to "value"
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)
