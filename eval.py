@@ -31,8 +31,7 @@ from matplotlib.figure import Figure
 
 import lengthgen as lg
 
-# --------------------------------------------------------------------------------------------------
-# 1 The look of a picture, the table
+# ---- 1. The look of a picture, the table ----
 
 
 class Panel(NamedTuple):
@@ -153,9 +152,9 @@ def report(measured, picture, title):
     print(f"picture: {picture}")
 
 
-# --------------------------------------------------------------------------------------------------
-# 2 The figures. A measure takes model, corpus, T and how much to measure, and returns the places "x" and
-# lists of as many values, each of which becomes a panel of that title.
+# ---- 2. The figures ----
+# A measure takes model, corpus, T and how much to measure, and returns the places "x" and lists of as many
+# values, each of which becomes a panel of that title.
 
 
 def measure_gap(model, corpus, T, B, windows):
@@ -294,8 +293,7 @@ FIGURES = {  # name: (title, experiment of PLAN, what is drawn: (measure, task, 
     "sweep": ("When does a base break?", "sweep", [("interventions", "echo", x) for x in (STEPS, LENGTHS)]),
 }
 
-# --------------------------------------------------------------------------------------------------
-# 3 Keeping measurements, drawing
+# ---- 3. Keeping measurements, drawing ----
 
 
 def run_folder(out, model, task, label, seed):
@@ -398,8 +396,7 @@ def write_json(file, value):
     lg.write_text(file, json.dumps(value, indent=1))
 
 
-# --------------------------------------------------------------------------------------------------
-# 4 The plan: command lines of train.py, which skips what is finished
+# ---- 4. The plan: command lines of train.py, which skips what is finished ----
 
 # not pre-trained for longer, because the base then learns by itself to drop the string before
 COPY = "--task copy --T 44 --steps 1000"
@@ -464,8 +461,7 @@ def run_train(line):
         sys.exit(code)
 
 
-# --------------------------------------------------------------------------------------------------
-# 5 One given checkpoint, `sample`
+# ---- 5. One given checkpoint, `sample` ----
 
 
 def load_model(args):
@@ -542,8 +538,7 @@ def sample(args):
     print(args.prompt + encoding.decode([token for token in tokens if token < encoding.n_vocab]))
 
 
-# --------------------------------------------------------------------------------------------------
-# 6 The command line
+# ---- 6. The command line ----
 
 
 class Parser(argparse.ArgumentParser):

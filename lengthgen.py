@@ -41,8 +41,7 @@ import torch.utils.checkpoint
 
 from kernels import BACKENDS, scan
 
-# --------------------------------------------------------------------------------------------------
-# 1 Configuration and state
+# ---- 1. Configuration and state ----
 
 
 @dataclass
@@ -120,10 +119,9 @@ def map_state(function, *states):
     return new_state
 
 
-# --------------------------------------------------------------------------------------------------
-# 2 The layers: x (B, T, D), LayerState -> y (B, T, D), the LayerState after the last step
-#
-# Each computes q, k, v and log_a from its input, and leaves the recurrence to kernels.scan:
+# ---- 2. The layers ----
+# x (B, T, D), LayerState -> y (B, T, D), the LayerState after the last step. Each computes q, k, v and log_a
+# from its input, and leaves the recurrence to kernels.scan:
 #
 #     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in (0, 1]
 
@@ -296,8 +294,7 @@ class Mamba1(nn.Module):
         return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3 Blocks and the language model
+# ---- 3. Blocks and the language model ----
 
 
 class MambaBlock(nn.Module):
@@ -443,9 +440,7 @@ class LanguageModel(nn.Module):
         export_model(self, folder, format, dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4 The interventions: from which state does the next training sequence start?
-#
+# ---- 4. The interventions: from which state does the next training sequence start? ----
 # Each is a function (state, stats, rng) -> state. It takes the final state of the previous batch, running
 # statistics of final states, and a torch.Generator on the device of the state, and returns the initial state
 # of the next batch. For a new idea write one function and add one entry to INTERVENTIONS.
@@ -566,8 +561,8 @@ def mean_over_ranks(x):
     return x
 
 
-# --------------------------------------------------------------------------------------------------
-# 5 The tasks. Each is a function (rows, T) -> tokens (B, T+1) int64, part (B, T) int8, both NumPy arrays.
+# ---- 5. The tasks ----
+# Each is a function (rows, T) -> tokens (B, T+1) int64, part (B, T) int8, both NumPy arrays.
 #
 # The inputs are tokens[:, :-1], the targets tokens[:, 1:]. `part` is the loss mask: a target whose part is 0
 # is neither trained on nor counted; 1, 2, ... name the part of the task that the target belongs to. The last
@@ -810,8 +805,7 @@ def stream(task, rows, T, windows):
     return np.concatenate([*inputs, tokens[-1][:, -1:]], axis=1), np.concatenate(parts, axis=1)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6 The measures
+# ---- 6. The measures ----
 
 
 def masked_loss(logits, targets, part):
@@ -1025,8 +1019,8 @@ def babilong_score(output, answer, question, qa):
     return named == {answer}
 
 
-# --------------------------------------------------------------------------------------------------
-# Appendix A: text and tokenizers. Every document starts with the token <|bos|>, in training as in a stream.
+# ---- Appendix A: text and tokenizers ----
+# Every document starts with the token <|bos|>, in training as in a stream.
 
 
 @contextlib.contextmanager
@@ -1287,9 +1281,8 @@ def read_babilong(file, rows):
     return entries
 
 
-# --------------------------------------------------------------------------------------------------
-# Appendix B: checkpoints of other libraries. No file is believed: nothing in it is executed, and a model that
-# would be larger than its file is not built.
+# ---- Appendix B: checkpoints of other libraries ----
+# No file is believed: nothing in it is executed, and a model that would be larger than its file is not built.
 
 CHECKPOINT = "checkpoint.pt"  # of train.py
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of the others

@@ -29,8 +29,7 @@ import eval as ev
 import lengthgen as lg
 from eval import print_once, rank
 
-# --------------------------------------------------------------------------------------------------
-# 1 Recipes
+# ---- 1. Recipes ----
 
 TINY_MODELS = {  # they learn echo on a laptop in minutes
     "mamba2": dict(d_model=96, n_layer=2, d_state=64, headdim=16),
@@ -58,8 +57,7 @@ SETTINGS = (  # what is kept of the arguments: a run goes on only where all of i
     "zero_prob", "noise_std", "steps", "lr", "hold",
 )  # fmt: skip
 
-# --------------------------------------------------------------------------------------------------
-# 2 Arguments
+# ---- 2. Arguments ----
 
 
 def parse_arguments(argv):
@@ -92,8 +90,7 @@ def parse_arguments(argv):
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# 3 Ranks, schedule, optimizer
+# ---- 3. Ranks, schedule, optimizer ----
 
 
 def start_ranks(device):
@@ -136,8 +133,7 @@ def make_optimizer(model):
     return torch.optim.AdamW([decayed, not_decayed], lr=0.0, betas=BETAS, fused=fused)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4 Training
+# ---- 4. Training ----
 
 
 class Carried:
@@ -357,8 +353,7 @@ def load_run(folder, settings, model, optimizer, carried):
     return step, float(seconds)
 
 
-# --------------------------------------------------------------------------------------------------
-# 5 The base, post-training, main
+# ---- 5. The base, post-training, main ----
 
 
 def set_missing(args, **values):
