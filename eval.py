@@ -78,6 +78,7 @@ def draw_panels(panels, path, title):
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns + 1.3, 3.1 * rows))  # legible at the width of a page
+    in_legend = None
     for i, panel in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
         # base and control are solid, cures are dashed, and dotted where only half of the state is carried
@@ -100,9 +101,11 @@ def draw_panels(panels, path, title):
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
 
-        # one legend for all panels that show the same runs, beside the last of them
-        if i + 1 == len(panels) or panels[i + 1].curves.keys() != panel.curves.keys():
+        # one legend for all panels that show the same runs
+        is_last = i + 1 in (columns, len(panels)) or panels[i + 1].curves.keys() != panel.curves.keys()
+        if is_last and panel.curves.keys() != in_legend:
             axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            in_legend = panel.curves.keys()
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     # white, which reads on light and dark pages alike
