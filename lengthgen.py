@@ -1049,6 +1049,7 @@ def require(name, value, *known):
 BYTES = tiktoken.Encoding(  # one token for each byte of UTF-8; the pattern only bounds the work per piece
     "bytes", pat_str=r"(?s:.{1,16})", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
 )
+BYTES.special = ()  # ids of an encoding's special tokens: Corpus takes the first two for bos and sep
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -1130,17 +1131,19 @@ def any_of(words):
 
 def load_encoding(name):
     """The tiktoken.Encoding that load_corpus calls `tokenizer`; ValueError if there is none."""
-    names = ["bytes", *tiktoken.list_encoding_names()]
+    if name == "bytes":
+        return BYTES
+    names = tiktoken.list_encoding_names()
     if name in names:
         with reading(name, "a tokenizer of tiktoken"):
-            encoding = BYTES if name == "bytes" else tiktoken.get_encoding(name)
-        encoding.special = ()  # ids of its special tokens: Corpus takes the first two for bos and sep
+            encoding = tiktoken.get_encoding(name)
+        encoding.special = ()
         return encoding
     file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
     if not os.path.exists(name) and HUB_NAME.fullmatch(name):
         file = download(name, "tokenizer.json") or name
     if not os.path.isfile(file):
-        raise ValueError(f"unknown tokenizer {name!r}, expected one of {names} or a tokenizer.json")
+        raise ValueError(f"unknown tokenizer {name!r}, expected bytes or one of {names} or a tokenizer.json")
     return HuggingFaceEncoding(file)
 
 

@@ -217,7 +217,7 @@ def test_bad_paths_are_named(tmp_path, files, paths, message):
 
 
 def test_an_unknown_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown tokenizer 'gpt9', expected one of .*bytes.*gpt2"):
+    with pytest.raises(ValueError, match=r"unknown tokenizer 'gpt9', expected bytes or one of .*gpt2"):
         lg.load_corpus([write(tmp_path, {"a": "x"})], "gpt9")
 
 

@@ -178,7 +178,7 @@ def test_an_empty_folder_or_name_is_no_tokenizer_and_asks_no_hub(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some" / "folder").mkdir(parents=True)
     for name in ("some/folder", ""):
-        with pytest.raises(ValueError, match=f"unknown tokenizer '{name}', expected one of .*bytes"):
+        with pytest.raises(ValueError, match=f"unknown tokenizer '{name}', expected bytes or"):
             lg.load_encoding(name)
 
 
