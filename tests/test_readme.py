@@ -90,6 +90,14 @@ def passkey():
         yield words.format(distance, *at(64, "passkey", title, ("fitted_noise", "zero")))
 
 
+def babilong():
+    title, labels = "Where is Mary?", ("base", "state_passing", "tbtt")
+    words = "where {} of the answers are right ({} after state passing)"
+    yield words.format(*at(1, "babilong", title, labels[:2]))
+    words = "At 4 T {} are right from the base, {} from state passing and {} from TBTT, at 16 T {}, {} and {}"
+    yield words.format(*at(4, "babilong", title, labels), *at(16, "babilong", title, labels))
+
+
 def gla():
     """GLA, which is one seed."""
     labels = ("base", "zero", "state_passing")
@@ -126,7 +134,7 @@ def other_figures():
     yield f"by a total variation of {base} and those after state passing by {cured}"
 
 
-PARTS = (main_table, interventions, forgetting, plain_text, passkey, gla, copying, other_figures)
+PARTS = (main_table, interventions, forgetting, plain_text, passkey, babilong, gla, copying, other_figures)
 
 
 @pytest.mark.parametrize("phrases", PARTS)
