@@ -64,7 +64,7 @@ def panels_of(name, found):
     for label, measured in found.items():
         # the measurements come from files, which may be damaged
         with lg.reading(f"eval-{name}.json of {label}", "a measurement: remove it"):
-            _, *titles = measured[0]  # without "x"
+            titles = [title for title in measured[0] if title != "x"]
             for title in titles:
                 numbers = np.array([[m["x"], m[title]] for m in measured], float)  # (seeds, 2, n)
                 assert numbers.ndim == 3 and not (abs(numbers) > 1e100).any(), "no rows of plain numbers"
@@ -156,8 +156,8 @@ def report(measured, picture, title):
 
 
 # ---- 2. The figures ----
-# A measure takes model, corpus, T and how much to measure, and returns the places "x" and lists of as many
-# values, each of which becomes a panel of that title.
+# A measure takes model and, by keyword, corpus, T and how much to measure. It returns the places "x" and
+# lists of as many values, each of which becomes a panel of that title.
 
 
 def measure_gap(model, corpus, T, B, windows):
@@ -594,7 +594,7 @@ def rank():
 
 
 class Progress:
-    """Called with the share of a measure that is done: prints it, with the time left, every ten seconds."""
+    """Called with the share of position_wise that is done: prints it and the time left every ten seconds."""
 
     def __init__(self):
         self.started = self.printed = time.time()
@@ -679,6 +679,7 @@ def main(argv=None):
         return
 
     # figures of the runs under --out
+    started = time.time()
     device = choose_device(args.device)
     asked = [name for name in args.what if name in FIGURES]
     if "reproduce" in args.what:
@@ -691,6 +692,7 @@ def main(argv=None):
             if asked:
                 raise
             print(f"{name}: left out, {error}")
+    print(f"\n{clock(time.time() - started)} minutes in all")
 
 
 if __name__ == "__main__":

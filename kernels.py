@@ -440,7 +440,7 @@ if triton is not None:
             reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
         """
         # Where this program works. A 1-d grid, as the other axes stop at 65535; offsets in 64 bits
-        tl.static_assert(DECAY != "value" or qdq is not None)  # only qdq adds the pair s = t to "value"
+        tl.static_assert(DECAY != "value" or qdq is not None)  # in this mode only qdq adds s = t
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)

@@ -52,7 +52,7 @@ BETAS = (0.9, 0.95)
 CLIP = 1.0
 SAVE_EVERY = 100  # steps
 
-SETTINGS = (  # what is kept of the arguments: a run goes on only where all of it is the same
+SETTINGS = (  # with data, ranks and init, what a run is: it goes on only where all of this is the same
     "model", "task", "T", "tokenizer", "batch", "accumulate", "seed", "compile", "intervention", "carry",
     "zero_prob", "noise_std", "steps", "lr", "hold",
 )  # fmt: skip
@@ -291,8 +291,8 @@ def alone_in(folder):
             dist.barrier()  # the other ranks wait for the first one
         signals = []
         for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.signal(number, lambda number, _: signals.append(number))
-            at_the_end.callback(signal.signal, number, handler)
+            former = signal.signal(number, lambda number, _: signals.append(number))
+            at_the_end.callback(signal.signal, number, former)
         yield signals
 
 
@@ -307,7 +307,7 @@ def check_finite(value, step, saved_step, folder, settings):
 
 
 def start_metrics(folder, first_step):
-    """The path of metrics.jsonl, which keeps the lines up to first_step, but those that a power cut tore."""
+    """The path of metrics.jsonl, which keeps its lines up to first_step, unless a power cut has torn them."""
     file = os.path.join(folder, "metrics.jsonl")
     kept = []
     if os.path.exists(file):
@@ -324,8 +324,9 @@ def start_metrics(folder, first_step):
 def save_run(folder, settings, model, optimizer, carried, step, seconds):
     """Write, in one step, everything that a run of one or several ranks needs to go on."""
     this_rank = carried.state_dict()
-    ranks = [this_rank] * settings["ranks"]
+    ranks = [this_rank]
     if dist.is_initialized():
+        ranks = [None] * settings["ranks"]
         dist.all_gather_object(ranks, this_rank)
     checkpoint = dict(config=asdict(model.config), settings=settings, step=step, seconds=seconds, ranks=ranks)
     checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict(), versions=ev.versions())
@@ -343,7 +344,7 @@ def load_run(folder, settings, model, optimizer, carried):
         is_step = type(step) is int and 0 < step <= settings["steps"]
         assert is_step and 0 <= seconds < 1e9, f"it claims to be at step {step} after {seconds} seconds"
         model.load_state_dict(saved["model"])
-        if step < settings["steps"]:  # a finished run, perhaps of another device, needs no more
+        if step < settings["steps"]:  # a finished run, perhaps of another device, needs its weights alone
             # a step of length 0 makes the moments of the optimizer, which are then filled
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -380,7 +381,7 @@ def fill_in(args, init):
     args.pretrain = PRETRAIN_MIXED if args.task == "mixed" else PRETRAIN
     if not args.intervention:  # the command line is about the base alone
         set_missing(args, **args.pretrain)
-    set_missing(args, **(POSTTRAIN_LARGE if args.large else POSTTRAIN))
+    set_missing(args, **(POSTTRAIN_LARGE if args.large else POSTTRAIN))  # of the base: the batch alone
     step_of_one = args.batch * args.T * int(os.environ.get("WORLD_SIZE", 1))  # tokens without accumulation
     set_missing(args, accumulate=math.ceil(TOKENS_LARGE / step_of_one) if args.large else 1)
 
@@ -389,7 +390,7 @@ def get_base(args, init, folder, corpus, settings, device):
     """The base model: of --init, or of a finished run in the folder, or trained there from zero states."""
     settings = settings | dict(intervention="zero", carry="full", zero_prob=0.0, noise_std=0.0)
     keys = ["task", "T", "data"]  # settings that a finished base must share
-    if args.intervention:
+    if args.intervention:  # then steps, lr and hold of the arguments are those of post-training
         settings |= args.pretrain
     else:
         keys += ["steps", "lr", "batch", "accumulate"]
@@ -436,7 +437,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     init = lg.load_checkpoint(args.init) if args.init else None
     fill_in(args, init)
-    corpus = lg.load_corpus(args.data, args.tokenizer, init["config"]["vocab_size"] if init else None)
+    vocab_size = init["config"]["vocab_size"] if init else None
+    corpus = lg.load_corpus(args.data, args.tokenizer, vocab_size)
     for split in ("train", "val"):  # a text that is too short, or a T that does not fit, is found out here
         lg.TASKS[args.task][0](lg.Rows(corpus, split, 1, True, 0), args.T)
     ev.make_folder(args.out)

@@ -84,10 +84,12 @@ def plain_text():
 
 
 def passkey():
-    words = "up to {} T of filler after it {} with fitted noise and {} without"
+    found = []
     for distance in (1, 3, 8):
         title = f"up to {distance} T of filler after the key"
-        yield words.format(distance, *at(64, "passkey", title, ("fitted_noise", "zero")))
+        found += at(64, "passkey", title, ("fitted_noise", "zero"))
+    yield "up to 1 T of filler after it {} with fitted noise and {} without".format(*found[:2])
+    yield "up to 3 T {} and {}, up to 8 T {} and {}".format(*found[2:])
 
 
 def babilong():
@@ -100,6 +102,8 @@ def babilong():
 
 def gla():
     """GLA, which is one seed."""
+    gap = at(64, "text", GAP, ("base", "state_passing"), ".3f", model="gla")
+    yield "has a gap of {}, which state passing does not cure: {}".format(*gap)
     labels = ("base", "zero", "state_passing")
     words = "text {}, {} and {} nats, echo {}, {} and {}"
     cells = [
@@ -118,16 +122,19 @@ def copying():
     words = "{} are right in T for the control and {} after state passing, at 4 T {} and {}"
     in_T, at_4T = (at(x, "copying", "packed strings", ("zero", "state_passing")) for x in (1, 4))
     yield words.format(*in_T, *at_4T)
-    yield "to be compared: {} in T".format(*at(1, "copying", "packed strings", ["base"]))
+    yield "Our base, {} in T".format(*at(1, "copying", "packed strings", ["base"]))
 
 
 def other_figures():
     labels = ("base", "zero", "state_passing", "tbtt")
     words = "text {} (base), {} (control), {} (state passing) and {} (TBTT) nats, echo {}, {}, {} and {}"
     yield words.format(*at(256, "poswise", "text", labels), *at(256, "poswise", "echo", labels))
-    base, cured = (curve("state", "layer 0", label)[64] for label in ("base", "state_passing"))
-    grows = f"grows {base.mean():.2f} times ({base.min():.2f} to {base.max():.2f}) in the base"
+    base, cured = (curve("state", "the full state", label)[64] for label in ("base", "state_passing"))
+    grows = f"grows {base.mean():.2f} times ({base.min():.2f} to {base.max():.2f}, by seed) in the base"
     yield f"{grows} and {cured.mean():.2f} times after state passing"
+    base, cured = (curve("state", "layer 0", label)[64] for label in ("base", "state_passing"))
+    grows = f"{base.mean():.2f} times ({base.min():.2f} to {base.max():.2f})"
+    yield f"that of layer 0 alone {grows} and {cured.mean():.2f} times"
     (base,), (cured,) = (
         at(1, "effrem", "predictions of text", [label], ".3f") for label in ("base", "state_passing")
     )

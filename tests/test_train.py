@@ -399,7 +399,7 @@ def command(monkeypatch, capsys, arguments):
         ("--carry scan", "--carry needs an --intervention"),
         ("--zero-prob 0.1", "--zero-prob needs an --intervention"),
         ("--seed -1", "--seed must lie between 0 and 4294967295, got -1"),
-        ("--task babilong --T 40", "T is 40, too short for the stories of babilong"),
+        ("--task babilong --T 40", "babilong needs a T of at least 128, got 40"),
         ("--intervention zero --zero-prob 1.5", "--zero-prob must lie between 0 and 1, got 1.5"),
         ("--intervention zero --zero-prob nan", "--zero-prob must lie between 0 and 1, got nan"),
         ("--data nowhere.txt", "no text at 'nowhere.txt'"),
