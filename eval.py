@@ -83,7 +83,9 @@ def draw_panels(panels, path, title):
         axis = figure.add_subplot(rows, columns, i + 1)
         # base and control are solid, cures are dashed, and dotted where only half of the state is carried
         for label, (x, values) in panel.curves.items():
-            style = "-" if label in ("base", "zero") else "--"
+            style = "--"
+            if label in ("base", "zero"):
+                style = "-"
             if label.endswith("-scan"):
                 style = ":"
             colour = COLOURS.get(label.removesuffix("-scan"))
