@@ -45,7 +45,7 @@ class Panel(NamedTuple):
 
 COLOURS = {  # colour-blind people tell them apart (Okabe & Ito); other labels take matplotlib's next colour
     "base": "#D55E00", "zero": "#999999", "random_noise": "#E69F00", "fitted_noise": "#56B4E9",
-    "state_passing": "#0072B2", "tbtt": "#009E73",
+    "tbtt": "#009E73", "state_passing": "#0072B2",
 }  # fmt: skip
 NAMES = {"zero": "control", "tbtt": "TBTT", "state_passing-scan": "state passing, scan alone"}
 
@@ -279,7 +279,7 @@ MEASURES = {  # name: (function, how much it measures, the labels of the axes); 
     "babilong": (measure_babilong, dict(B=64, lengths=[1, 2, 4, 8, 16]), "length (T)", "accuracy"),
 }
 PAIR = ["base", "state_passing"]
-MAIN = ["base", "zero", "state_passing", "tbtt"]
+MAIN = ["base", "zero", "tbtt", "state_passing"]
 ALL = [*COLOURS, "state_passing-scan"]
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}

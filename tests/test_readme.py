@@ -67,10 +67,7 @@ def forgetting():
     cured = [curve("forgetting", title, "state_passing", MINUS)[0].mean() for title in ("text", "echo")]
     yield "the base has a loss of {:.2f} nats on text and {:.2f} on echo".format(*base)
     yield "state passing {:.2f} and {:.2f}".format(*cured)
-    for title, words in (
-        ("text", "(log_a minus 0.1: {:.2f}; times 5: {:.2f})"),
-        ("echo", "({:.2f} and {:.2f};"),
-    ):
+    for title, words in (("text", "(d = 0.1: {:.2f}; c = 5: {:.2f})"), ("echo", "({:.2f} and {:.2f};")):
         yield words.format(losses[title, MINUS][0.1].mean(), losses[title, TIMES][5].mean())
     best = [min(x.mean() for x in losses["echo", xlabel].values()) for xlabel in (MINUS, TIMES)]
     yield "at the best d {:.2f}, at the best c {:.2f})".format(*best)
@@ -88,7 +85,7 @@ def passkey():
     for distance in (1, 3, 8):
         title = f"up to {distance} T of filler after the key"
         found += at(64, "passkey", title, ("fitted_noise", "zero"))
-    yield "up to 1 T of filler after it {} with fitted noise and {} without".format(*found[:2])
+    yield "up to 1 T of filler after it {} with fitted noise and {} in the control".format(*found[:2])
     yield "up to 3 T {} and {}, up to 8 T {} and {}".format(*found[2:])
 
 
