@@ -122,6 +122,15 @@ def copying():
     yield "Our base, {} in T".format(*at(1, "copying", "packed strings", ["base"]))
 
 
+def sweep():
+    rises = []
+    for label in ("200 steps", "400 steps", "1400 steps", "T = 26", "T = 50", "T = 98"):
+        text = curve("sweep", "text", label)
+        rises.append(f"{text[64].mean() - text[1].mean():.2f}")
+    yield "{}, {} and {} nats after 200, 400 and 1400 steps".format(*rises[:3])
+    yield "at T = 26, 50 and 98 {}, {} and {}".format(*rises[3:])
+
+
 def other_figures():
     labels = ("base", "zero", "state_passing", "tbtt")
     words = "text {} (base), {} (control), {} (state passing) and {} (TBTT) nats, echo {}, {}, {} and {}"
@@ -138,7 +147,18 @@ def other_figures():
     yield f"by a total variation of {base} and those after state passing by {cured}"
 
 
-PARTS = (main_table, interventions, forgetting, plain_text, passkey, babilong, gla, copying, other_figures)
+PARTS = (
+    main_table,
+    interventions,
+    forgetting,
+    plain_text,
+    passkey,
+    babilong,
+    gla,
+    copying,
+    sweep,
+    other_figures,
+)
 
 
 @pytest.mark.parametrize("phrases", PARTS)
