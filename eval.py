@@ -344,7 +344,6 @@ def draw(name, args, device):
             raise MissingRuns(f"no finished run of {args.model} on {task}, make it with: {command}")
         panels += panels_of(measure, found)
     path = os.path.join(args.out, "figures", f"{args.model}-{name}.png")
-    make_folder(os.path.dirname(path))
     draw_panels(panels, path, f"{title}\n{args.model}, {args.seeds} seed{'s' * (args.seeds > 1)}")
     print(f"\n{name}: {path}")
     print_panels(panels)
@@ -493,10 +492,15 @@ def given_poswise(args):
     corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
     check_vocabulary(model, corpus, args.init)
     measured = lg.position_wise(model, task, corpus, T, args.rows, args.windows, progress=Progress())
-    name = os.path.basename(os.path.abspath(args.init))
+    name = base_name(args.init)
     path = os.path.join(args.out, f"poswise-{name}")
     report({name: measured}, f"{path}.png", f"{args.init} on {task}, trained on T = {T} tokens")
     write_json(f"{path}.json", dict(measured, T=T, command=shlex.join(sys.argv)))
+
+
+def base_name(checkpoint):
+    """The last part of a path or of a hub name."""
+    return os.path.basename(os.path.abspath(checkpoint))
 
 
 def given_babilong(args):
@@ -520,7 +524,7 @@ def given_babilong(args):
             right += lg.babilong_score(output, answer, question, int(task[1]))
         accuracy[file] = right / len(entries)
         print(f"{file}: {accuracy[file]:.3f} of {len(entries)}", flush=True)
-    path = os.path.join(args.out, f"babilong-{os.path.basename(os.path.abspath(args.init))}.json")
+    path = os.path.join(args.out, f"babilong-{base_name(args.init)}.json")
     write_json(path, dict(accuracy=accuracy, command=shlex.join(sys.argv)))
     print(f"numbers: {path}")
 

@@ -374,7 +374,8 @@ def fill_in(args, init):
         settings = init["settings"]
         args.model = settings.get("model", layer)  # its name in the folders of runs
         set_missing(args, task=settings["task"], T=settings["T"], tokenizer=settings.get("tokenizer"))
-        args.large = sum(x.numel() for x in lg.model_from_checkpoint(init).parameters()) > LARGE
+        sizes = {x.data_ptr(): x.numel() for x in init["model"].values()}  # tied weights are in one place
+        args.large = sum(sizes.values()) > LARGE
     set_missing(args, model="mamba2", task="echo", tokenizer="bytes")
     set_missing(args, T=lg.TASKS[args.task][1])
 
