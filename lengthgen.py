@@ -1,15 +1,16 @@
-"""Understanding and improving length generalization in recurrent models, in one file (arXiv 2507.02782).
+"""Understanding and improving length generalization in recurrent models, in one file.
 
-Recurrent language models break past the length that they were trained on: training from a zero state shows
-them only a part of the states that a long sequence reaches. The cure changes the state from which training
-sequences start. Read sections 1 to 4 for the paper; the recurrence itself is in kernels.py.
+Recurrent language models break past the length that they were trained on. Trained from a zero state, they
+meet only a part of the states that a long sequence reaches ("unexplored states"). The cure is to start
+training sequences from other states. Paper: Buitrago & Gu, ICML 2025, arXiv 2507.02782; its sections are
+numbered here as in version 1. Read sections 1 to 4 for the paper; the recurrence itself is in kernels.py.
 
     1 configuration and state              5 tasks: what the models are trained and tested on
     2 the layers: Mamba-2, GLA, Mamba-1    6 measures: what the figures show
     3 blocks and the language model        Appendix A: text and tokenizers
     4 the interventions                    Appendix B: checkpoints of other libraries
 
-    B batch    T length (of training, when nothing else is said)    L layers    D model width    C vocabulary
+    B batch    T length (of training, when nothing else is said)    D model width    C vocabulary
     H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
 """
 
@@ -22,14 +23,12 @@ import math
 import os
 import pickle
 import re
+import sys
 import sysconfig
-import unicodedata
-import urllib.error
-import urllib.request
-import zipfile
+import unittest.mock
 import zlib
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from kernels import BACKENDS, scan
+import kernels
+from kernels import scan
 
 # ---- 1. Configuration and state ----
 
@@ -49,9 +49,9 @@ class ModelConfig:
     """The sizes of a model, named as in the official checkpoints. None means the layer's default, below."""
 
     layer: str = "mamba2"  # "mamba2", "gla" or "mamba1"
-    vocab_size: int = 50277
+    vocab_size: int = 50277  # C
     d_model: int = 768  # D
-    n_layer: int = 24  # L
+    n_layer: int = 24
     pad_vocab_size_multiple: int | None = None  # the rows of the embedding are a multiple of this
     tie_embeddings: bool | None = None  # the output layer shares the weights of the embedding
     norm_eps: float | None = None
@@ -74,10 +74,7 @@ class ModelConfig:
 
     def __post_init__(self):
         assert self.layer in OFFICIAL_DEFAULTS, f"unknown layer {self.layer!r}: mamba2, gla or mamba1"
-        assert self.backend in (None, *BACKENDS), f"unknown backend {self.backend!r}: {list(BACKENDS)}"
-        for f in fields(self):
-            value = getattr(self, f.name)
-            assert isinstance(value, (f.type, int)), f"{f.name} must be {f.type}, got {value!r}"
+        assert self.backend in (None, *kernels.BACKENDS), f"unknown backend {self.backend!r}"
         for name, value in OFFICIAL_DEFAULTS[self.layer].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -103,14 +100,8 @@ class LayerState(NamedTuple):
     scan: torch.Tensor
 
 
-torch.serialization.add_safe_globals([LayerState])  # checkpoints of train.py may hold states
-
-
 def map_state(function, *states):
-    """Apply a function to every tensor of a state, or to the matching tensors of several states.
-
-    states: lists of LayerState, one LayerState per layer. Returns such a list.
-    """
+    """Apply a function to the tensors of a state, a list of LayerState, or to those of several states."""
     new_state = []
     for layers in zip(*states, strict=True):
         convs, scans = zip(*layers, strict=True)
@@ -123,7 +114,7 @@ def map_state(function, *states):
 # x (B, T, D), LayerState -> y (B, T, D), the LayerState after the last step. Each computes q, k, v and log_a
 # from its input, and leaves the recurrence to kernels.scan:
 #
-#     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in (0, 1]
+#     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
 
 
 class Mamba2(nn.Module):
@@ -134,17 +125,19 @@ class Mamba2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # sizes
         self.K = config.d_state
         self.V = config.headdim
         self.G = config.ngroups
         self.d_inner = config.expand * config.d_model
         self.H = self.d_inner // self.V
-        self.channels = self.d_inner + 2 * self.G * self.K  # of the convolution: x, B and C
-        self.conv_shape = (config.d_conv - 1, self.channels)
+        self.channels = self.d_inner + 2 * self.G * self.K  # of the convolution, for x, B and C
+        self.d_conv = config.d_conv
         self.backend = config.backend
         assert self.H * self.V == self.d_inner, f"{self.d_inner} channels are no whole heads of {self.V}"
         assert self.H % self.G == 0, f"{self.H} heads do not share {self.G} groups evenly"
 
+        # weights, by their official names
         self.in_proj = nn.Linear(config.d_model, self.d_inner + self.channels + self.H, bias=False)
         self.conv1d = nn.Conv1d(self.channels, self.channels, config.d_conv, groups=self.channels)
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
@@ -152,8 +145,11 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(self.H))
         self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
-        with torch.no_grad():  # so that the residual stream starts with the same variance at any depth
-            self.out_proj.weight /= math.sqrt(config.n_layer)
+
+    def zero_state(self, B):
+        """The LayerState of B rows before their first token."""
+        conv = zeros(self.A_log, B, self.d_conv - 1, self.channels)
+        return LayerState(conv, zeros(self.A_log, B, self.H, self.K, self.V))
 
     def forward(self, x, state):
         B, T, _ = x.shape
@@ -169,7 +165,7 @@ class Mamba2(nn.Module):
         x = x.view(B, T, H, V)
         k, q = k.view(B, T, G, K), q.view(B, T, G, K)
 
-        # the recurrence: a large step dt writes much and forgets much
+        # the recurrence: a large step size dt writes much and forgets much
         dt = F.softplus(dt + self.dt_bias)  # (B, T, H); float32 even where autocast computes in bfloat16
         v = (dt[..., None] * x).to(x.dtype)  # (B, T, H, V)
         log_a = -dt * self.A_log.exp()  # (B, T, H)
@@ -196,6 +192,11 @@ def causal_conv(x, state, conv1d):
     return F.silu(y), x[:, T:].clone()
 
 
+def zeros(weight, *shape):
+    """A part of a zero state: zeros on the device of a weight, float32 or, in a float64 model, float64."""
+    return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
 def initial_dt_bias(n):
     """(n,) numbers whose softplus, the step size dt, is spread log-uniformly over [1e-3, 1e-1]."""
     dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -207,17 +208,17 @@ class GLA(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # sizes
         self.H = config.num_heads
         self.backend = config.backend
         key_dim = int(config.d_model * config.expand_k)
         value_dim = int(config.d_model * config.expand_v)
         self.K = key_dim // self.H
         self.V = value_dim // self.H
-        self.conv_shape = None  # there is no convolution
-        assert self.H * self.K == key_dim and self.H * self.V == value_dim, (
-            f"{key_dim} key and {value_dim} value channels do not divide into {self.H} heads"
-        )
+        assert self.H * self.K == key_dim, f"{key_dim} key channels do not divide into {self.H} heads"
+        assert self.H * self.V == value_dim, f"{value_dim} channels do not divide into {self.H} heads"
 
+        # weights, by their official names
         self.q_proj = nn.Linear(config.d_model, key_dim, bias=False)
         self.k_proj = nn.Linear(config.d_model, key_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, value_dim, bias=False)
@@ -228,6 +229,11 @@ class GLA(nn.Module):
         )
         self.g_norm_swish_gate = nn.RMSNorm(self.V, config.norm_eps)  # one weight, shared by the heads
         self.o_proj = nn.Linear(value_dim, config.d_model, bias=False)
+        nn.init.zeros_(self.gk_proj[1].bias)
+
+    def zero_state(self, B):
+        """The LayerState of B rows before their first token; there is no convolution."""
+        return LayerState(None, zeros(self.q_proj.weight, B, self.H, self.K, self.V))
 
     def forward(self, x, state):
         # queries, keys and values
@@ -254,13 +260,14 @@ class Mamba1(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # sizes
         self.H = config.expand * config.d_model
         self.K = config.d_state
-        self.V = 1
-        self.conv_shape = (config.d_conv - 1, self.H)
+        self.d_conv = config.d_conv
         self.dt_rank = config.dt_rank
         self.backend = config.backend
 
+        # weights, by their official names
         self.in_proj = nn.Linear(config.d_model, 2 * self.H, bias=False)
         self.conv1d = nn.Conv1d(self.H, self.H, config.d_conv, groups=self.H)
         self.x_proj = nn.Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
@@ -271,7 +278,11 @@ class Mamba1(nn.Module):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
             self.dt_proj.bias.copy_(initial_dt_bias(self.H))
-            self.out_proj.weight /= math.sqrt(config.n_layer)
+
+    def zero_state(self, B):
+        """The LayerState of B rows before their first token."""
+        conv = zeros(self.A_log, B, self.d_conv - 1, self.H)
+        return LayerState(conv, zeros(self.A_log, B, self.H, self.K, 1))
 
     def forward(self, x, state):
         # the input of the convolution and the gate z
@@ -294,36 +305,29 @@ class Mamba1(nn.Module):
         return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
+LAYERS = {"mamba2": Mamba2, "gla": GLA, "mamba1": Mamba1}
+
 # ---- 3. Blocks and the language model ----
 
 
-class MambaBlock(nn.Module):
-    """Norm, Mamba-2 or Mamba-1, and a residual connection."""
+class Block(nn.Module):
+    """Norm, layer and a residual connection; in GLA then also norm, MLP and a residual connection."""
 
     def __init__(self, config):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Mamba2(config) if config.layer == "mamba2" else Mamba1(config)
+        self.mixer = LAYERS[config.layer](config)
+        self.mlp = None
+        if config.layer == "gla":
+            self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+            self.mlp = SwiGLU(config)
 
     def forward(self, x, state):
         y, state = self.mixer(self.norm(x), state)
-        return x + y, state
-
-
-class GLABlock(nn.Module):
-    """Norm, GLA and a residual connection; norm, MLP and a residual connection."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.attn = GLA(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config)
-
-    def forward(self, x, state):
-        y, state = self.attn(self.attn_norm(x), state)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
 
 
 class SwiGLU(nn.Module):
@@ -341,14 +345,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# layer: (its block, and the official names of the trunk, of the embedding and of the last norm)
-LAYERS = {
-    "mamba2": (MambaBlock, "backbone", "embedding", "norm_f"),
-    "mamba1": (MambaBlock, "backbone", "embedding", "norm_f"),
-    "gla": (GLABlock, "model", "embeddings", "norm"),
-}
-
-
 class LanguageModel(nn.Module):
     """logits, state = model(tokens, state=None)
 
@@ -356,70 +352,43 @@ class LanguageModel(nn.Module):
     state: a list of one LayerState per layer, None for zeros. The returned state is new, and gradients flow
         through it. So cutting a sequence anywhere and handing the state over changes no result. The caller
         may detach the state: the whole difference between BPTT and TBTT or state passing.
+    last_only: compute the logits of the last token alone, (B, 1, vocab_size), which is much faster
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        block, trunk, embedding, norm = LAYERS[config.layer]
         # the vocabulary is padded to a round number, which is faster on a GPU
         multiple = config.pad_vocab_size_multiple
         C = multiple * math.ceil(config.vocab_size / multiple)
-        modules = {
-            embedding: nn.Embedding(C, config.d_model),
-            "layers": nn.ModuleList(block(config) for _ in range(config.n_layer)),
-            norm: nn.RMSNorm(config.d_model, config.norm_eps),
-        }
-        self.add_module(trunk, nn.ModuleDict(modules))
+        self.embedding = nn.Embedding(C, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, C, bias=False)
-        self.apply(self.initialize)
-        self.tie_weights()
 
-    def initialize(self, module):
-        """Embeddings are N(0, .02); linear maps are N(0, .02) in GLA, and as PyTorch made them in Mamba."""
-        is_gla = self.config.layer == "gla"
-        if isinstance(module, nn.Embedding) or (is_gla and isinstance(module, nn.Linear)):
-            nn.init.normal_(module.weight, std=0.02)
-        if is_gla and isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def stages(self):
-        """The embedding, the list of blocks and the last norm."""
-        _, trunk, embedding, norm = LAYERS[self.config.layer]
-        modules = self.get_submodule(trunk)
-        return modules[embedding], modules["layers"], modules[norm]
-
-    def tie_weights(self):
-        """Let the output layer share the weights of the embedding where the configuration says so."""
-        if self.config.tie_embeddings:
-            embedding, _, _ = self.stages()
-            self.lm_head.weight = embedding.weight
-
-    def recurrent_layers(self):
-        """The Mamba2, GLA or Mamba1 modules, first layer first."""
-        return [module for module in self.modules() if isinstance(module, (Mamba2, GLA, Mamba1))]
+        # official initial weights: GLA draws all matrices alike, Mamba's outputs are smaller in deep models
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for module in self.modules():
+            if config.layer == "gla" and isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+            elif config.layer != "gla" and isinstance(module, LAYERS[config.layer]):
+                module.out_proj.weight.data /= math.sqrt(config.n_layer)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
 
     def zero_state(self, B):
         """The state of B rows before their first token: a list of LayerState."""
-        weight = self.lm_head.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        state = []
-        for layer in self.recurrent_layers():
-            conv = None if layer.conv_shape is None else weight.new_zeros(B, *layer.conv_shape)
-            S = weight.new_zeros(B, layer.H, layer.K, layer.V, dtype=dtype)
-            state.append(LayerState(conv, S))
-        return state
+        return [block.mixer.zero_state(B) for block in self.layers]
 
-    def forward(self, tokens, state=None):
+    def forward(self, tokens, state=None, last_only=False):
         assert tokens.dim() == 2 and tokens.numel(), f"tokens must be (B, T), got {tuple(tokens.shape)}"
         if state is None:
             state = self.zero_state(len(tokens))
-        embedding, blocks, norm = self.stages()
 
         # every block reads the output of the block before it, and a state of its own
-        x = embedding(tokens)  # (B, T, D)
+        x = self.embedding(tokens)  # (B, T, D)
         new_state = []
-        for block, layer_state in zip(blocks, state, strict=True):
+        for block, layer_state in zip(self.layers, state, strict=True):
             if self.config.recompute and torch.is_grad_enabled():
                 x, layer_state = torch.utils.checkpoint.checkpoint(block, x, layer_state, use_reentrant=False)
             else:
@@ -427,7 +396,9 @@ class LanguageModel(nn.Module):
             new_state.append(layer_state)
 
         # the padding of the vocabulary is cut off
-        logits = self.lm_head(norm(x))[..., : self.config.vocab_size]  # (B, T, vocab_size)
+        if last_only:
+            x = x[:, -1:]  # (B, 1, D)
+        logits = self.lm_head(self.norm_f(x))[..., : self.config.vocab_size]  # (B, T, vocab_size)
         return logits, new_state
 
     @staticmethod
@@ -435,29 +406,33 @@ class LanguageModel(nn.Module):
         """The model of a run of train.py, or of a checkpoint on disk or on the hub (Appendix B)."""
         return model_from_checkpoint(load_checkpoint(name_or_folder))
 
-    def save_pretrained(self, folder, format=None, dtype=torch.float32):
-        """Write the model for mamba_ssm, transformers or fla, as export_model of Appendix B says."""
-        export_model(self, folder, format, dtype)
+    def save_pretrained(self, folder, dtype=torch.float32):
+        """Write the model for mamba_ssm or flash-linear-attention, as export_model of Appendix B says."""
+        export_model(self, folder, dtype)
 
 
 # ---- 4. The interventions: from which state does the next training sequence start? ----
-# Each is a function (state, stats, rng) -> state. It takes the final state of the previous batch, running
-# statistics of final states, and a torch.Generator on the device of the state, and returns the initial state
-# of the next batch. For a new idea write one function and add one entry to INTERVENTIONS.
+# Each is a function (state, stats, rng) -> state. It takes the final state of the previous batch, a
+# StateStatistics, and a torch.Generator on the device of the state, and returns the initial state of the next
+# batch. For a new idea write one function and add one entry to INTERVENTIONS.
 
 
 def zero(state, stats, rng):
-    """Ordinary training. With extra steps this is also the control of every experiment."""
+    """Start from zeros: ordinary training. With extra steps this is also the control of every experiment."""
     return map_state(torch.zeros_like, state)
 
 
 def random_noise(state, stats, rng, std=1.0):
-    """Independent N(0, std^2), with the same std in every layer and head (paper, section 3.2)."""
+    """Start from independent N(0, std^2), with the same std in every layer and head (paper, section 4)."""
     return map_state(lambda x: std * normal_like(x, rng), state)
 
 
 def fitted_noise(state, stats, rng):
-    """Independent normal numbers with the mean and std of final states, per layer and head (section 3.2)."""
+    """Start from independent N(m, s^2), with the mean m and the std s of the final states seen in training.
+
+    Every head of every layer has its own m and s (paper, section 4).
+    """
+    stats.update(state)
 
     def fitted(x, mean, std):
         return (mean + std * normal_like(x, rng)).to(x.dtype)
@@ -466,7 +441,7 @@ def fitted_noise(state, stats, rng):
 
 
 def state_passing(state, stats, rng):
-    """The final state of the previous batch, which holds other sequences (section 3.2)."""
+    """Start from the final state of the previous batch, which holds other sequences (paper, section 4.4)."""
     return state
 
 
@@ -475,31 +450,31 @@ INTERVENTIONS = {  # name: (function, does row b of the next batch continue row 
     "random_noise": (random_noise, False),
     "fitted_noise": (fitted_noise, False),
     "state_passing": (state_passing, False),
-    "tbtt": (state_passing, True),  # truncated backpropagation through time: rows that continue
+    "tbtt": (state_passing, True),  # truncated backpropagation through time (paper, section 4.5)
 }
 
 
 def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full"):
     """The initial state of the next batch: an intervention applied to the final state of this batch.
 
-    function, state, stats, rng: the intervention and its arguments, as above; updates `stats`
+    function, state, stats, rng: the intervention and its arguments, as above
     zero_prob: each row starts from zeros instead with this probability, so that the model can still do that
-    carry: "full" hands over convolution and scan, "scan" the scan alone, all that the paper's kernel can take
+    carry: "full" hands over the convolution's inputs and the scan's state; "scan" hands over the scan's state
+        alone, as the pseudocode of the paper does
     """
     assert carry in ("full", "scan") and 0 <= zero_prob <= 1, f"carry {carry!r}, zero_prob {zero_prob}"
     # no gradient crosses from one batch to the next
     state = map_state(torch.Tensor.detach, state)
-    stats.update(state)
     state = function(state, stats, rng)
 
-    # the paper hands over the scan's state alone: the convolution starts from zeros
+    # without its inputs the convolution starts from zeros
     if carry == "scan":
-        zeros = map_state(torch.zeros_like, state)
-        state = [LayerState(empty.conv, layer.scan) for layer, empty in zip(state, zeros, strict=True)]
+        zero_state = map_state(torch.zeros_like, state)
+        state = [LayerState(zero.conv, layer.scan) for zero, layer in zip(zero_state, state, strict=True)]
 
     # some rows start from zeros all the same, in all layers
     if zero_prob > 0:
-        draws = torch.rand(len(state[0].scan), generator=rng, device=state[0].scan.device)
+        draws = torch.rand(len(state[0].scan), generator=rng, device=state[0].scan.device)  # (B,)
         from_zeros = (draws < zero_prob).nonzero().flatten()
         state = map_state(lambda x: x.index_fill(0, from_zeros, 0), state)
     return state
@@ -510,11 +485,11 @@ def normal_like(x, rng):
 
 
 class StateStatistics:
-    """Running mean and std of the final states seen in training, for fitted noise (paper, section 3.2).
+    """Running mean and std of the final states seen in training, for fitted noise (paper, section 4).
 
-    They are taken per layer: of the scan per head, of the convolution's inputs per channel. `mean` and `std`
-    are states whose shapes broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper does not say how it
-    estimates them; ours is an exponential average over about 1/rate batches.
+    They are taken per layer: of the scan's state per head, of the convolution's inputs per channel. `mean`
+    and `std` are states whose shapes broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper does not
+    say how it estimates them. Ours are exponential averages over about 1/rate batches.
     """
 
     def __init__(self, rate=0.05):
@@ -527,12 +502,12 @@ class StateStatistics:
         """Take in the final state of one more batch; in a distributed run, of all ranks."""
         mean = map_state(mean_per_head, state)
         mean_square = map_state(lambda x: mean_per_head(x.float() ** 2), state)
-        self.count += 1
-        if self.count == 1:
+        if self.count == 0:
             self.mean = mean
             self.mean_square = mean_square
-            return
-        # the first batches count alike, later ones by `rate`
+        self.count += 1
+
+        # an average of all batches while there are fewer than 1/rate, an exponential one from then on
         weight = max(self.rate, 1 / self.count)
         self.mean = map_state(lambda old, new: old + weight * (new - old), self.mean, mean)
         self.mean_square = map_state(
@@ -573,8 +548,8 @@ class Rows:
     """B rows that read pieces of a text.
 
     corpus, split: a Corpus of Appendix A, and its "train" or "val"
-    continues: every row reads on where its last piece ended (for TBTT and for streams); otherwise every piece
-        begins at a place that is drawn anew
+    continues: every row reads on where its last piece ended, as TBTT and streams need it; otherwise every
+        piece begins at a place that is drawn anew
     """
 
     def __init__(self, corpus, split, B, continues, seed):
@@ -583,33 +558,26 @@ class Rows:
         self.B = B
         self.continues = continues
         self.rng = torch.Generator().manual_seed(seed)
-        self.at = None  # (B,) the place where each row reads next
+        self.at = None  # (B,) int64, the place where each row reads next
         # a document lies between two boundaries
         boundaries = np.flatnonzero(self.tokens == corpus.bos)
         self.begins = np.append(0, boundaries + 1)
         self.ends = np.append(boundaries, len(self.tokens))
 
-    def state_dict(self):
-        return dict(rng=self.rng.get_state(), at=self.at)
-
-    def load_state_dict(self, saved):
-        self.rng.set_state(saved["rng"])
-        self.at = at = saved["at"]
-        if at is not None:
-            in_text = at.shape == (self.B,) and 0 <= at.min() <= at.max() <= len(self.tokens)
-            assert in_text and at.dtype == torch.int64, f"{self.B} rows cannot go on from the places {at}"
-
     def next_batch(self, n, overlap=0, inside_document=False):
         """(B, n) int64 tokens. Rows that continue advance by n - overlap, and wrap around at the text's end.
 
-        inside_document: a row skips to the next document of n tokens where its own has fewer left.
+        inside_document: a row skips to the next document of n tokens where its own has fewer left
         """
+        # each row reads at the place after its last piece, or at one that is drawn
         last = len(self.tokens) - n  # the last place where a piece can begin
         if last < 0:
             raise ValueError(f"the text has {len(self.tokens)} tokens, shorter than the {n} that are needed")
         if self.at is None or not self.continues:
             self.at = torch.randint(last + 1, (self.B,), generator=self.rng)
         at = np.where(self.at > last, 0, self.at)
+
+        # a document that ends too early is left for the next one that is long enough
         if inside_document:
             long_enough = self.begins[self.ends - self.begins >= n]
             if not len(long_enough):
@@ -654,13 +622,15 @@ def mixed(rows, T):
     """Half of the rows of a window are echo, the others plain text that begins anywhere; parts as in echo.
 
     Plain text alone does not break models as small as ours. Echo rewards them for keeping the state, and then
-    streams of pure text break them, too. A row that continues goes on after the text, or the passage, that it
-    has read.
+    streams of pure text break them, too.
     """
+    # every row makes both, the echo of the same text where rows continue
     text_tokens, text_part = text(rows, T)
     after_text = rows.at
-    rows.at = after_text - T  # rows that continue echo the same text, others draw a new place
+    rows.at = after_text - T
     echo_tokens, echo_part = echo(rows, T)
+
+    # one of the two is taken, and a row that continues goes on after it
     is_echo = torch.rand(rows.B, 1, generator=rows.rng) < ECHO_SHARE
     rows.at = torch.where(is_echo[:, 0], rows.at, after_text)
     is_echo = is_echo.numpy()
@@ -674,10 +644,12 @@ def copy(rows, T, shortest=5, longest=20):
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     part     0  0  0  0  0  0  1  1  1  1  1  2  0  ...    1 copy, 2 stop, which no accuracy counts
 
-    Every window starts a new string: rows that continue carry only their state. A string that the end of the
-    window cuts off is not trained on, as in their code. T = 2n + 3, shortest = longest = n: one string.
+    In bytes. Every window starts with a new string, also where rows continue: then only the state goes on. A
+    string that the end of the window cuts off is not trained on, as in their code.
     """
-    if T < 2 * longest + 3:  # a window could hold nothing to copy, and the loss over nothing is no number
+    if rows.corpus.words != 256:
+        raise ValueError(f"copy is in bytes, not in {rows.corpus.words} words: use --tokenizer bytes")
+    if T < 2 * longest + 3:  # else a window could hold nothing to copy, and have no loss
         raise ValueError(f"copy needs a T of at least {2 * longest + 3}, the longest string twice, got {T}")
     tokens, part = empty_windows(rows, T)
     tokens[:] = ord("$")
@@ -695,44 +667,55 @@ def copy(rows, T, shortest=5, longest=20):
     return tokens, part
 
 
-FILLER = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
 def passkey(rows, T, depth=None):
-    """Five digits hidden in filler and asked for at the end, in Landmark Attention's words (2023), in bytes.
+    """Five digits hidden in filler and asked for at the end, in Landmark Attention's words (2023).
 
     <bos>The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass is green. The s
     part 0, and 1 on                                         11111
     |What is the pass key? The pass key is 30719<bos>              | marks joints, the filler fills the window
                                    2 on    22222
 
-    depth: the share of the filler that comes before the key; None draws a place for each row. The opening
-    line of the published task is left out, because it is longer than our T.
+    In any tokenizer; the picture is in bytes. depth: the share of the filler that comes before the key; None
+    draws a place for each row. The opening line of the published task is left out: it is longer than our T.
     """
     tokens, part = empty_windows(rows, T)
+    encode = rows.corpus.encode
+    filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens
     for b in range(rows.B):
-        key = b"%05d" % int(torch.randint(10**5, (), generator=rows.rng))
-        needle = b"The pass key is %b. Remember it. %b is the pass key. " % (key, key)
-        question = b"What is the pass key? The pass key is " + key
-        n = T - 1 - len(needle) - len(question)  # bytes of filler
+        # the key, where it is told for the second time and where it is asked for
+        key = f"{int(torch.randint(10**5, (), generator=rows.rng)):05}"
+        told, told_at = encode_answer(rows.corpus, f"The pass key is {key}. Remember it.", key)
+        asked, asked_at = encode_answer(rows.corpus, "What is the pass key? The pass key is", key)
+        rest = list(encode(" is the pass key. "))
+
+        # the filler fills the window
+        n = T - 1 - len(told) - len(rest) - len(asked)  # tokens of filler
         if n < 0:
             raise ValueError(f"passkey needs a T of at least {T - n}, got {T}")
         before = int(torch.randint(n + 1, (), generator=rows.rng))
         if depth is not None:
             before = round(depth * n)
-        filler = FILLER * (n // len(FILLER) + 1)
-        window = filler[:before] + needle + filler[: n - before] + question
-        tokens[b, 1:T] = np.frombuffer(window, dtype=np.uint8)
-        mention = before + needle.rindex(key)
-        part[b, mention : mention + 5] = 1
-        part[b, T - 6 : T - 1] = 2
+        tokens[b, 1:T] = filler[:before] + told + rest + filler[: n - before] + asked
+        part[b, before + told_at : before + len(told)] = 1
+        part[b, T - 1 - len(asked) + asked_at : T - 1] = 2
     return tokens, part
 
 
+def encode_answer(corpus, prompt, answer):
+    """The tokens of a prompt, a space and an answer, and the place where those of the answer begin."""
+    tokens = list(corpus.encode(f"{prompt} {answer}"))
+    start = len(corpus.encode(prompt))
+    # most tokenizers put the space into the first token of the answer; in bytes it is one of its own
+    if not corpus.decode(tokens[start : start + 1]).strip():
+        start += 1
+    return tokens, start
+
+
 def empty_windows(rows, T):
-    """tokens (B, T+1), all <bos>, and part (B, T), all 0, for a task that is written in bytes."""
-    if rows.corpus.words != 256:
-        raise ValueError(f"this task is in bytes, not in {rows.corpus.words} words: use --tokenizer bytes")
+    """tokens (B, T+1), all <bos>, and part (B, T), all 0."""
     return np.full((rows.B, T + 1), rows.corpus.bos, dtype=np.int64), np.zeros((rows.B, T), dtype=np.int8)
 
 
@@ -764,27 +747,29 @@ def babilong(rows, T):
     <bos>import os/Mary went to the office. class A:/John moved to the garden. xWhere is Mary? office.<bos>
     part 0, and 1 on               (here / ends a line)                                        1111111
 
-    In bytes; the background fills the window.
+    In any tokenizer; the picture is in bytes. The background fills the window.
     """
-    if T < 128:  # of the longest story
+    if T < 128:  # the longest story in bytes
         raise ValueError(f"babilong needs a T of at least 128, got {T}")
     tokens, part = empty_windows(rows, T)
     background = rows.next_batch(T)
+    ends_line = [token for token in np.unique(background) if "\n" in rows.corpus.decode([token])]
     for b in range(rows.B):
-        facts, question, answer = babi(rows.rng)
-        ending = f"{question} {answer}."
-        n = T - 1 - len(" ".join([*facts, ending]))  # bytes of background
+        story, question, answer = babi(rows.rng)
+        facts = [list(rows.corpus.encode(f"{fact} ")) for fact in story]
+        asked, asked_at = encode_answer(rows.corpus, question, f"{answer}.")
+        n = T - 1 - sum(map(len, facts)) - len(asked)  # tokens of background
 
         # a fact stands between lines, so its drawn place moves on to the end of the line
-        line_ends = np.append(np.flatnonzero(background[b, :n] == ord("\n")) + 1, n)
+        line_ends = np.append(np.flatnonzero(np.isin(background[b, :n], ends_line)) + 1, n)
         places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.numpy()
         places = line_ends[np.searchsorted(line_ends, places)]
-        window = [*background[b, :n], *ending.encode()]
+        window = [*background[b, :n], *asked]
         # the last fact first, so that the places of the others stay
         for fact, place in zip(reversed(facts), reversed(places), strict=True):
-            window[place:place] = f"{fact} ".encode()
+            window[place:place] = fact
         tokens[b, 1:T] = window
-        part[b, T - 2 - len(answer) : T - 1] = 1
+        part[b, T - 1 - len(asked) + asked_at : T - 1] = 1
     return tokens, part
 
 
@@ -799,8 +784,21 @@ TASKS = {  # name: (function, default T, names of the parts)
 
 
 def stream(task, rows, T, windows):
-    """Join consecutive windows of a task: tokens (B, windows*T + 1), part (B, windows*T)."""
-    batches = [task(rows, T) for _ in range(windows)]
+    """Join consecutive windows of a task: tokens (B, windows*T + 1), part (B, windows*T).
+
+    rows must continue. There are fewer windows where a row would else read the text for a second time.
+    """
+    batches = [task(rows, T)]
+    advanced = 0  # tokens of the text, of each row
+    for _ in range(windows - 1):
+        at = rows.at
+        batch = task(rows, T)
+        if at is not None:  # the task reads text
+            advanced += (rows.at - at - 1) % len(rows.tokens) + 1
+            if advanced.max() > len(rows.tokens) - T:
+                break
+        batches.append(batch)
+
     tokens, parts = zip(*batches, strict=True)
     inputs = [window[:, :-1] for window in tokens]
     return np.concatenate([*inputs, tokens[-1][:, -1:]], axis=1), np.concatenate(parts, axis=1)
@@ -831,7 +829,7 @@ def read_stream(model, tokens, segment, state=None):
 
 
 def segment_for(B):
-    """How many tokens of B rows to read at a time: more would overflow the caches of a CPU."""
+    """How many tokens of B rows to read at a time; with more of them a CPU works outside of its caches."""
     return max(1, 12800 // B)
 
 
@@ -865,38 +863,43 @@ def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=N
 
     Returns {"x": where ranges of positions end, in multiples of T, part: the mean loss in each range, nats}.
     The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, for plain text also at 1/8, 1/4 and 1/2 T. The loss of a
-    range without targets is NaN.
+    range without targets is NaN. The streams are shorter than `windows` T where the text is (see stream).
     """
     task, _, parts = TASKS[task_name]
-    tokens, part = stream(task, Rows(corpus, "val", B, True, seed), T, windows)
+    tokens, part = stream(task, Rows(corpus, "val", B, continues=True, seed=seed), T, windows)
+    windows = part.shape[1] // T
 
-    # the ranges
+    # where the ranges end
     ends = [1 / 8, 1 / 4, 1 / 2, 1] if task_name == "text" else [1]
     for i in range(1, windows.bit_length()):
         ends += [2**i, 1.5 * 2**i]
     ends = [end for end in ends if end < windows] + [windows]
 
-    # the bin of a target is its range and its part
-    range_of = np.searchsorted(np.array(ends) * T, np.arange(T * windows), side="right")  # (N,)
-    bins = np.where(part > 0, range_of * len(parts) + part - 1, -1)
+    # the bin of a target: those of the first part, one for each range, then those of the next part
+    range_of = np.searchsorted(np.array(ends) * T, np.arange(T * windows), side="right")  # (T * windows,)
+    bins = np.where(part > 0, (part.astype(int) - 1) * len(ends) + range_of, -1)
     total, count = streaming_loss(model, tokens, bins, segment_for(B), progress=progress)
-    losses = F.pad(total / count, (0, len(ends) * len(parts) - len(total)), value=math.nan)
-    measured = {"x": ends}
-    for i, name in enumerate(parts):
-        measured[name] = losses[i :: len(parts)].tolist()
-    return measured
+
+    # the mean loss of each bin; the last ones may have no targets
+    losses = torch.full((len(parts), len(ends)), math.nan, dtype=torch.float64)
+    losses.view(-1)[: len(total)] = total / count
+    return {"x": ends, **dict(zip(parts, losses.tolist(), strict=True))}
 
 
 def paired_gap(model, tokens, T):
-    """What the past costs in nats: the loss after the whole stream minus that after at most T tokens.
+    """What the past costs in nats: the loss after the whole stream, minus the loss after at most T tokens.
 
-    tokens: (B, N+1) with N a multiple of T, a stream from a zero state. The targets are those in the second
-    half of each block of T, so the short context has T/2 to T tokens. Returns (N/T,), 0 for the first block.
+    tokens: (B, N+1) with N a multiple of T, a stream that starts from a zero state. The targets are the same
+    in both, the second half of each block of T: so the short context has T/2 to T tokens. Returns (N/T,)
+    float64, 0 for the first block. The paper has no such measure.
     """
     B, N = tokens.shape[0], tokens.shape[1] - 1
     assert N % T == 0, f"paired_gap needs N + 1 tokens with N a multiple of T {T}, got {N + 1}"
+    # the bin of a target is its block
     block = np.arange(N) // T
     block[np.arange(N) % T < T // 2] = -1
+
+    # once with the whole stream before it, once from a zero state at the beginning of its block
     whole, count = streaming_loss(model, tokens, block, segment_for(B))
     short = torch.zeros_like(whole)
     for i in range(N // T):
@@ -922,7 +925,7 @@ def accuracy(model, tokens, part):
 def prefill(model, tokens, state=None):
     """Read tokens (B, T) in constant memory. Returns the logits (B, C) after the last one, and the state."""
     for window in torch.as_tensor(tokens).split(segment_for(len(tokens)), dim=1):
-        logits, state = model(window.to(model.lm_head.weight.device), state)
+        logits, state = model(window.to(model.lm_head.weight.device), state, last_only=True)
     return logits[:, -1], state
 
 
@@ -941,36 +944,28 @@ def generate(model, tokens, n, temperature=0.0):
 def state_std(model, tokens, at):
     """Std of the state S after each of the ascending positions `at` of tokens (B, N), in float64.
 
-    Returns full (n,), over all entries as in the paper's figure; layers (n, L); heads (n, L, H).
+    Returns full (n,), over all entries as in the paper's figure; layers (n, n_layer); heads (n, n_layer, H).
     """
     assert list(at) == sorted({*at}) and 0 < at[0] and at[-1] <= tokens.shape[1], f"at is {at}"
     full, layers, heads = [], [], []
     state = None
     for start, stop in itertools.pairwise([0, *at]):
         _, state = prefill(model, tokens[:, start:stop], state)
-        S = torch.stack([layer.scan.cpu().double() for layer in state])  # (L, B, H, K, V)
+        S = torch.stack([layer.scan.cpu().double() for layer in state])  # (n_layer, B, H, K, V)
         full.append(S.std(correction=0))
         layers.append(S.std((1, 2, 3, 4), correction=0))
         heads.append(S.std((1, 3, 4), correction=0))
     return torch.stack(full), torch.stack(layers), torch.stack(heads)
 
 
-@contextlib.contextmanager
-def changed_decay(model, change):
-    """Within the block, the layers of the model use change(log_a) in the place of log_a."""
+def changed_decay(change):
+    """A context manager: within its block, the layers of all models use change(log_a) in place of log_a."""
 
-    def changed_scan(q, k, v, log_a, state):
-        return scan(q, k, v, change(log_a), state, model.config.backend)
+    def changed_scan(q, k, v, log_a, state, backend):
+        return kernels.scan(q, k, v, change(log_a), state, backend)
 
-    BACKENDS["decay changed"] = changed_scan
-    for layer in model.recurrent_layers():
-        layer.backend = "decay changed"
-    try:
-        yield
-    finally:
-        for layer in model.recurrent_layers():
-            layer.backend = model.config.backend
-        del BACKENDS["decay changed"]
+    # the layers look up `scan` in this module each time that they call it
+    return unittest.mock.patch.object(sys.modules[__name__], "scan", changed_scan)
 
 
 @torch.no_grad()
@@ -982,193 +977,158 @@ def decays(model, tokens):
         layers.append(log_a)
         return log_a
 
-    with changed_decay(model, record):
+    with changed_decay(record):
         model(torch.as_tensor(tokens).to(model.lm_head.weight.device))
     return layers
 
 
 @torch.no_grad()
 def effective_remembrance(model, tokens, starts, end):
-    """How much the first t tokens still matter: EffRem(t) = TV(q(.|x[0:T]), q(.|x[t:T])) (paper, section 5).
+    """How much the first t tokens still matter: EffRem(t) = TV(p(.|x[0:n]), p(.|x[t:n])) after n tokens.
 
-    Here q is the model's distribution of the next token, and T the number of tokens so far.
-    tokens: (B, N), read from a zero state; starts: ascending t, 0 < t <= end. The suffixes x[t:] run as one
-    batch, which grows by B rows at each t. Returns (len(starts), B, N - end) numbers in [0, 1], for the
-    predictions after T = end + 1, ..., N tokens.
+    p is the model's distribution of the next token, TV the total variation (paper, effective remembrance).
+    tokens: (B, N), read from a zero state; starts: ascending t, 0 < t <= end. Returns numbers in [0, 1] of
+    shape (len(starts), B, N - end), for the predictions after n = end + 1, ..., N tokens.
     """
     assert list(starts) == sorted({*starts}) and 0 < starts[0] and starts[-1] <= end, f"{starts}, end {end}"
     tokens = torch.as_tensor(tokens).to(model.lm_head.weight.device)
     zeros = model.zero_state(len(tokens))
+
+    # x[0:] and the suffixes x[t:] run as one batch, which grows by B rows from zeros at each t
     state = zeros
-    suffixes = 1
+    runs = 1
     for start, stop in itertools.pairwise([0, *starts, end]):
-        if start > 0:  # one more suffix begins here
+        if start > 0:
             state = map_state(lambda x, zero: torch.cat([x, zero]), state, zeros)
-            suffixes += 1
+            runs += 1
         if start < stop:
-            _, state = model(tokens[:, start:stop].repeat(suffixes, 1), state)
-    logits, _ = model(tokens[:, end:].repeat(suffixes, 1), state)
-    q = logits.float().softmax(-1).unflatten(0, (suffixes, -1))  # (1 + len(starts), B, N - end, C)
-    return ((q[1:] - q[:1]).abs().sum(-1) / 2).cpu()
+            _, state = model(tokens[:, start:stop].repeat(runs, 1), state)
+
+    # from `end` on compare the predictions of each suffix with those of the whole
+    logits, _ = model(tokens[:, end:].repeat(runs, 1), state)
+    p = logits.float().softmax(-1).unflatten(0, (runs, -1))  # (1 + len(starts), B, N - end, C)
+    return ((p[1:] - p[:1]).abs().sum(-1) / 2).cpu()
 
 
 def babilong_score(output, answer, question, qa):
-    """BABILong's rule: before the first '.' or tag, the answer is the only label not in the question."""
+    """BABILong's rule: before the first '.' or tag, the answer is the only label that is not in the question.
+
+    output: what a model wrote; qa: the number of the task, 1 to 5. Upper and lower case are the same.
+    """
     # the answers of qa1 to qa4 are rooms, those of qa5 receivers and objects
-    labels = ROOMS if qa < 5 else ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk")
+    labels = ROOMS if qa < 5 else ("bill", "fred", "jeff", "mary", "apple", "football", "milk")
     sentence = re.split(r"\.|<context>|<example>", output.lower())[0]
-    named = {x for x in labels if x.lower() in sentence and x not in question}
-    return named == {answer}
+    named = {label for label in labels if label in sentence and label not in question.lower()}
+    return named == {answer.lower()}
 
 
 # ---- Appendix A: text and tokenizers ----
-# Every document starts with the token <|bos|>, in training as in a stream.
+# Every document starts with the token bos, in training as in a stream.
 
 
 @contextlib.contextmanager
 def reading(file, what):
-    """Turn any error of the block, which reads `file`, into a ValueError of one line.
-
-    A damaged file can make a library raise anything, even a panic of its Rust code, which is no Exception.
-    """
+    """Turn any error of the block, which reads `file`, into a ValueError of one line."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:
-        reason = " ".join(str(error).split())
-        if not isinstance(error, (ValueError, AssertionError)):
-            reason = f"{type(error).__name__}: {reason}"  # a KeyError, for one, says nothing but the key
-        raise ValueError(f"{file} cannot be read as {what}: {reason}"[:500]) from None
+    except BaseException as error:  # a panic of Rust code, as in tokenizers, is no Exception
+        reason = str(error)
+        if isinstance(error, ImportError):
+            reason = f"{error}: pip install huggingface_hub safetensors tokenizers"
+        elif isinstance(error, pickle.UnpicklingError):  # whose own text tells how to execute the file
+            reason = "it is damaged, or holds code that would be executed"
+        elif not isinstance(error, (ValueError, AssertionError)):
+            reason = f"{type(error).__name__}: {error}"  # a KeyError, for one, says nothing but the key
+        raise ValueError(f"{file} cannot be read as {what}: {' '.join(reason.split())}"[:500]) from None
 
 
-def require(name, value, *known):
-    """Raise a ValueError unless a setting in a file has one of the values that the code here stands for."""
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}, but only {known[0]!r} is known here")
+class Tokenizer(NamedTuple):
+    words: int  # the size of the vocabulary
+    special: (
+        tuple  # the ids of bos, which ends a text, and of sep, which parts it; () for two behind the words
+    )
+    encode: Callable  # text -> ids; special tokens that the text spells out are text
+    decode: Callable  # a list of ids -> text
 
 
-BYTES = tiktoken.Encoding(  # one token for each byte of UTF-8; the pattern only bounds the work per piece
-    "bytes", pat_str=r"(?s:.{1,16})", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
-)
-BYTES.special = ()  # ids of an encoding's special tokens: Corpus takes the first two for bos and sep
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+def encode_bytes(text):
+    return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
-class HuggingFaceEncoding(tiktoken.Encoding):
-    """A tokenizer.json of byte-level BPE (GPT-2, GPT-NeoX, ...), with the ids of Hugging Face's tokenizers.
-
-    Raises ValueError for a file of another kind.
-    """
-
-    def __init__(self, file):
-        with reading(file, "a byte-level BPE tokenizer like GPT-NeoX's"):
-            tokenizer = json.loads(Path(file).read_bytes())
-            model, pre = tokenizer["model"], tokenizer["pre_tokenizer"]
-            require("the model", model["type"], "BPE")
-            require("the normalizer", tokenizer["normalizer"], {"type": "NFC"}, None)
-            require("the pre_tokenizer", pre["type"], "ByteLevel")
-            require("add_prefix_space", pre["add_prefix_space"], False)
-            require("use_regex", pre.get("use_regex", True), True)
-            for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-                require(name, model.get(name), None, "", 0)
-
-            # added tokens are found in a text before its words are: the special ones and others
-            added, special = {}, {}  # text -> id
-            for token in tokenizer["added_tokens"]:
-                for name in ("lstrip", "rstrip", "single_word"):
-                    require(f"{name} of an added token", token[name], False)
-                added[token["content"]] = token["id"]
-                if token["special"]:
-                    special[token["content"]] = token["id"]
-
-            # the file spells bytes as characters: printable bytes as they are, the others from 256 on
-            printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-            others = [byte for byte in range(256) if byte not in printable]
-            byte_of = {chr(byte): byte for byte in printable}
-            byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
-            ranks = {}
-            for word, i in model["vocab"].items():
-                if i not in added.values():
-                    ranks[bytes(byte_of[character] for character in word)] = i
-
-            # tiktoken merges pairs in the order of the ids that they get, Hugging Face in the order of a list
-            # of pairs, "a b" or ["a", "b"]
-            merged = []
-            for pair in model["merges"]:
-                if isinstance(pair, str):
-                    pair = pair.split(" ")
-                merged.append(model["vocab"]["".join(pair)])
-            if merged != sorted(i for word, i in ranks.items() if len(word) > 1):
-                raise ValueError("its merges are not in the order of their ids")
-
-            # what would go wrong later: UTF-8 has all bytes but 0xC0, 0xC1 and those from 0xF5 on
-            for byte in range(0xF5):
-                if byte not in (0xC0, 0xC1) and bytes([byte]) not in ranks:
-                    raise ValueError(f"the byte {byte} has no token")
-            if "" in added:
-                raise ValueError("an added token is empty")
-            super().__init__(file, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=added)
-            if self.n_vocab > os.path.getsize(file):
-                raise ValueError(f"its vocabulary of {self.n_vocab} tokens is larger than the file")
-            self.nfc, self.special = tokenizer["normalizer"] is not None, tuple(special.values())
-            self.added, self.added_ordinary = any_of(added), any_of(added.keys() - special.keys())
-
-    def encode(self, text, allowed_special=(), **_):
-        """The ids of a text; special tokens that it spells out are text, unless allowed_special is "all"."""
-        pattern = self.added if allowed_special == "all" else self.added_ordinary
-        ids = []
-        for i, piece in enumerate(pattern.split(text)):
-            if i % 2:  # what the pattern has found
-                ids.append(self._special_tokens[piece])
-            else:
-                if self.nfc:  # each piece apart: a combining mark after a special token must not join it
-                    piece = unicodedata.normalize("NFC", piece)
-                ids += self.encode_ordinary(piece)
-        return ids
-
-    def encode_to_numpy(self, text, **options):
-        return np.array(self.encode(text, **options), dtype=np.uint32)
+def decode_bytes(ids):
+    return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-def any_of(words):
-    """A pattern that finds the words, the longest first: tiktoken would cut 24 spaces into 13 + 8 + 3."""
-    alternatives = map(re.escape, sorted(words, key=len, reverse=True))
-    return re.compile(f"({'|'.join(alternatives) or '(?!)'})")
+BYTES = Tokenizer(256, (), encode_bytes, decode_bytes)  # one token for each byte of UTF-8
+NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official Mambas, which come without
+KNOWN = {  # (words, special) of tokenizers whose .bin files need nothing else, and so no download
+    "gpt2": (50257, (50256, 50256)),
+    "r50k_base": (50257, (50256, 50256)),
+    "p50k_base": (50281, (50256, 50256)),
+    NEOX: (50277, (0, 1)),
+}
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
-def load_encoding(name):
-    """The tiktoken.Encoding that load_corpus calls `tokenizer`; ValueError if there is none."""
+@functools.cache
+def load_tokenizer(name):
+    """A Tokenizer: "bytes", one of tiktoken ("gpt2", ...), or a tokenizer.json, its folder or hub name."""
     if name == "bytes":
         return BYTES
     names = tiktoken.list_encoding_names()
-    if name in names:
-        with reading(name, "a tokenizer of tiktoken"):
-            encoding = tiktoken.get_encoding(name)
-        encoding.special = ()
-        return encoding
-    file = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name
-    if not os.path.exists(name) and HUB_NAME.fullmatch(name):
-        file = download(name, "tokenizer.json") or name
-    if not os.path.isfile(file):
-        raise ValueError(f"unknown tokenizer {name!r}, expected bytes or one of {names} or a tokenizer.json")
-    return HuggingFaceEncoding(file)
+    with reading(name, f"a tokenizer, expected bytes, {', '.join(names)} or a tokenizer.json"):
+        if name in names:
+            gpt = tiktoken.get_encoding(name)
+            return Tokenizer(gpt.n_vocab, (gpt.eot_token, gpt.eot_token), gpt.encode_ordinary, gpt.decode)
+
+        # any other one is read by the library made for it
+        import tokenizers
+
+        file = name
+        if not os.path.isfile(name):
+            file = os.path.join(find_folder(name, "tokenizer.json"), "tokenizer.json")
+        tokenizer = tokenizers.Tokenizer.from_file(file)
+        tokenizer.encode_special_tokens = True  # those that a text spells out are text
+
+        def encode(text):
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        # the file does not say which token ends a text: one of the usual names, else the first special token
+        ids = tokenizer.get_vocab()
+        ends = [ids[word] for word in END_OF_TEXT if word in ids]
+        special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        words = max(ids.values()) + 1  # there may be gaps between the ids
+        bos = [*ends, *special, words - 1][0]
+        sep = [*(i for i in special if i != bos), bos][0]
+        return Tokenizer(words, (bos, sep), encode, tokenizer.decode)
 
 
 @dataclass
 class Corpus:
-    """Tokens of a training and a validation split."""
+    """The tokens of a training and a validation split, and the fields of the Tokenizer that made them."""
 
-    name: str  # what it is, for people; a run goes on only with a corpus of the same name
+    name: str  # what it is, for people
     train: np.ndarray  # (N,) uint16 or uint32
     val: np.ndarray
-    words: int  # size of the tokenizer's vocabulary
-    special: tuple = ()  # the tokenizer's own tokens for bos and sep; those that it lacks follow its words
+    words: int = 256
+    special: tuple = ()
+    encode: Callable = encode_bytes
+    decode: Callable = decode_bytes
 
     def __post_init__(self):
-        ids = [*self.special, self.words, self.words + 1]  # the tokenizer's own, then free ones
-        self.bos, self.sep = ids[:2]
+        # the border between documents; and the sign after which echo repeats a passage
+        self.bos, self.sep = self.special or (self.words, self.words + 1)
         self.vocab_size = max(self.words, self.bos + 1, self.sep + 1)
+
+    @functools.cached_property
+    def checksum(self):
+        """A number that tells this text from others, whatever their names."""
+        crc = zlib.crc32(f"{self.bos} {self.sep} {self.vocab_size}".encode())
+        for split in (self.train, self.val):
+            crc = zlib.crc32(np.ascontiguousarray(split), crc)
+        return crc
 
 
 # with so many documents a twentieth of them is held out whole, with fewer the last tenth of each
@@ -1178,38 +1138,34 @@ MANY_DOCUMENTS = 200
 def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     """Read text and tokenize it. Raises ValueError for a path that is missing, a corpus that is empty.
 
-    paths: None for the Python standard library of this machine, else a list of files, folders or globs:
-        text, .jsonl with a "text" field, or one nanoGPT-style .bin of uint16 tokens
-    tokenizer: "bytes", the name of a tiktoken encoding ("gpt2", "o200k_base"), or a tokenizer.json, its
-        folder or hub name; a .bin is tokenized already and takes only the vocabulary from it
+    paths: None for the Python standard library of this machine, else files, folders or globs: text, .jsonl
+        with a "text" field, or nanoGPT's token files, train.bin and val.bin or one .bin of uint16
+    tokenizer: a name for load_tokenizer; a .bin is tokenized already and takes only the vocabulary from it
     vocab_size: of the model that is to read a .bin of an unknown tokenizer ("bytes"); None: as in the .bin
     """
-    encoding = load_encoding(tokenizer)
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    paths = list(map(os.fspath, paths or ()))
-    if any(path.endswith(".bin") for path in paths):
-        words = None
-        if tokenizer != "bytes":
-            words = encoding.n_vocab
-        elif vocab_size is not None:
-            words = vocab_size - 2  # the model's bos and sep follow its words
-        return load_bin(paths, words, encoding.special)
+    files = list_files(paths)
+    bins = sorted(file for file, _ in files if file.endswith(".bin"))
+    if [os.path.basename(file) for file in bins] == ["train.bin", "val.bin"] or len(bins) == len(files) == 1:
+        return load_bins(bins, tokenizer, vocab_size)
+    if bins:
+        raise ValueError(f"a .bin stands alone, or is train.bin beside val.bin, got {len(files)} files")
 
     # equal texts are read once
-    documents = {text: key for key, text in sorted(read_documents(paths)) if text}
-    source = " ".join(paths) or "the Python standard library"
+    documents = {text: key for key, text in sorted(read_documents(files)) if text}
+    source = " ".join(map(os.fspath, paths or ["the Python standard library"]))
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {source}")
 
     # the pieces of both splits, each document after a bos
-    corpus = Corpus(f"{len(documents)} documents of {source}", None, None, encoding.n_vocab, encoding.special)
+    corpus = Corpus(f"{len(documents)} documents of {source}", None, None, *load_tokenizer(tokenizer))
     dtype = np.uint16 if corpus.vocab_size <= 2**16 else np.uint32
     bos = np.array([corpus.bos], dtype)
     train, val = [bos[:0]], [bos[:0]]
     for text, key in documents.items():
-        # a text that spells a special token, as pages about language models do, is text
-        tokens = encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype)
+        with reading(key, f"text for the tokenizer {tokenizer}"):
+            tokens = np.array(corpus.encode(text), dtype)
         if len(documents) < MANY_DOCUMENTS:
             cut = len(tokens) - len(tokens) // 10
             train += [bos, tokens[:cut]]
@@ -1222,425 +1178,370 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     return corpus
 
 
-def load_bin(paths, words, special):
-    """The Corpus of one .bin, memory-mapped; words None: as many as its highest token asks for."""
-    if len(paths) > 1:
-        raise ValueError(f"a .bin of tokens stands alone, got {len(paths)} paths")
-    with reading(paths[0], "a .bin of uint16 tokens"):
-        tokens = np.memmap(paths[0], dtype=np.uint16, mode="r")
-        highest = int(tokens.max())
-        if words is not None and highest >= words:
-            raise ValueError(f"it has a token {highest}, which is outside the vocabulary of {words} words")
-    cut = len(tokens) - len(tokens) // 10
-    return Corpus(paths[0], tokens[:cut], tokens[cut:], words or highest + 1, special)
+def load_bins(files, tokenizer, vocab_size):
+    """The Corpus of train.bin and val.bin, or of one .bin whose last tenth is held out; memory-mapped."""
+    splits = []
+    for file in files:
+        with reading(file, "a .bin of uint16 tokens"):
+            tokens = np.memmap(file, dtype=np.uint16, mode="r")
+            # what would be read wrongly: files of NumPy, torch.save and llm.c, and numbers of 32 or 64 bits,
+            # where every second piece of 16 bits is nearly zero
+            start = tokens[:2].tobytes()
+            has_header = start in (b"\x93NUM", b"PK\3\4", b"\x88\xd8\x34\x01", b"\xa1\xd9\x34\x01")
+            highest_halves = sorted([tokens[::2].max(), tokens[1::2].max()])
+            if has_header or highest_halves[0] < 4 <= highest_halves[1]:
+                raise ValueError("it has a header, or more than 16 bits for each token")
+            splits.append(tokens)
+    if len(files) == 1:
+        cut = len(tokens) - len(tokens) // 10
+        splits = [tokens[:cut], tokens[cut:]]
+
+    # its vocabulary; that of an unnamed tokenizer has all tokens as words, and GPT-2's end of text, or else
+    # the last word, as bos
+    highest = max(int(tokens.max(initial=0)) for tokens in splits)
+    if tokenizer in KNOWN:
+        words, special = KNOWN[tokenizer]
+    elif tokenizer != "bytes":
+        words, special = load_tokenizer(tokenizer)[:2]
+    else:
+        words = vocab_size or highest + 1
+        special = (min(words - 1, 50256),) * 2
+    if highest >= words:
+        raise ValueError(f"{files[0]} has a token {highest}, outside the vocabulary of {words} words")
+
+    def encode(text):
+        if tokenizer == "bytes":
+            raise ValueError("this task is in words: name the tokenizer of the .bin with --tokenizer")
+        return load_tokenizer(tokenizer).encode(text)
+
+    def decode(ids):
+        return load_tokenizer(tokenizer).decode(ids)
+
+    return Corpus(" ".join(files), *splits, words, special, encode, decode)
 
 
-def read_documents(paths):
-    """Yield (key, text); the key is relative, so that a file is held out on every machine or on none."""
-    for path in paths or [sysconfig.get_paths()["stdlib"]]:
+def list_files(paths):
+    """A list of (file, key); the key is relative, so that a file is held out on every machine or on none."""
+    files = []
+    for path in map(os.fspath, paths or [sysconfig.get_paths()["stdlib"]]):
         if os.path.isdir(path):
             with reading(path, "a folder of text"):
                 os.listdir(path)  # glob takes a folder that cannot be read for an empty one
-            root, files = path, glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
-        elif os.path.exists(path):
-            root, files = os.path.dirname(path), [path]
+            root, pattern = path, os.path.join(glob.escape(path), "**", "*")
+        elif os.path.isfile(path):
+            root, pattern = os.path.dirname(path), glob.escape(path)
         else:
-            root, files = os.path.dirname(re.split(r"[*?[]", path)[0]), glob.glob(path, recursive=True)
-        files = list(filter(os.path.isfile, files))
-        if not files:
+            root, pattern = os.path.dirname(re.split(r"[*?[]", path)[0]), path
+        found = [file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)]
+        if not found:
             raise ValueError(f"no text at {path!r}, give an existing file, folder or glob")
-        for file in files:
+        for file in found:
             key = os.path.relpath(file, root or ".").replace(os.sep, "/")
             if paths or (key.endswith(".py") and not re.search("(site|dist)-packages", key)):
-                yield from read_file(file, key)
+                files.append((file, key))
+    return files
 
 
-def read_file(file, key):
-    """Yield (key, text) of a file, or of each line of a .jsonl."""
-    with reading(file, "text"):
-        with open(file, encoding="utf-8", errors="replace") as f:
-            lines = f.readlines()
-        if any("\0" in line for line in lines):
-            raise ValueError("it has NUL bytes, so it is a binary file")
-    if not file.endswith(".jsonl"):
-        yield key, "".join(lines)
-        return
-    for i, line in enumerate(lines):
-        with reading(f"{file} line {i + 1}", 'a JSON object with a "text"'):
-            # halves of a surrogate pair, which JSON can spell, become "?"
-            text = json.loads(line)["text"].encode(errors="replace").decode()
-        yield f"{key}:{i:09d}", text
+def read_documents(files):
+    """Yield (key, text) of every file, or of every object of a .jsonl."""
+    for file, key in files:
+        if file.endswith(".jsonl"):
+            for i, (text,) in enumerate(read_json(file, ["text"])):
+                yield f"{key}:{i:09d}", text
+            continue
+        with reading(file, "text"), open(file, encoding="utf-8", errors="replace") as f:
+            text = f.read()
+            if "\0" in text:
+                raise ValueError("it has NUL bytes, so it is a binary file")
+        yield key, text
+
+
+def read_json(file, fields):
+    """The fields, all of them text, of the JSON objects in a file: one object a line, or one list."""
+    with reading(file, "text"), open(file, encoding="utf-8-sig", errors="replace") as f:
+        content = f.read()
+    pieces = [content] if content.lstrip().startswith("[") else content.split("\n")
+    objects = []
+    for i, piece in enumerate(pieces):
+        if piece.strip():
+            with reading(f"{file} line {i + 1}", f'a JSON object with a "{", ".join(fields)}"'):
+                parsed = json.loads(piece)
+                for x in parsed if isinstance(parsed, list) else [parsed]:
+                    # halves of a surrogate pair, which JSON can spell, become "?"
+                    objects.append([x[field].encode(errors="replace").decode() for field in fields])
+    return objects
 
 
 def read_babilong(file, rows):
-    """The first entries of a published BABILong file: a list of (text with the question, question, answer).
-
-    The file holds JSON objects with input, question and target, in one list or one a line.
-    """
-    with reading(file, "BABILong, JSON objects with input, question and target"):
-        content = Path(file).read_text()
-        if content.lstrip().startswith("["):
-            objects = json.loads(content)
-        else:
-            objects = [json.loads(line) for line in content.splitlines() if line.strip()]
-        entries = []
-        for x in objects[:rows]:
-            question = x["question"].strip()
-            entries.append((f"{x['input'].strip()} {question}", question, x["target"].strip()))
-        if not entries:
-            raise ValueError("it is empty")
+    """The first entries of a published BABILong file: (text and question, question, answer) of each."""
+    entries = []
+    for text, question, answer in read_json(file, ["input", "question", "target"])[:rows]:
+        question = question.strip()
+        entries.append((f"{text.strip()} {question}", question, answer.strip()))
+    if not entries:
+        raise ValueError(f"{file} is empty")
     return entries
 
 
 # ---- Appendix B: checkpoints of other libraries ----
-# No file is believed: nothing in it is executed, and a model that would be larger than its file is not built.
+# Read are mamba_ssm and transformers (Mamba-2 and Mamba-1) and flash-linear-attention (GLA). Written are
+# mamba_ssm and flash-linear-attention; transformers has a script that converts from mamba_ssm.
 
 CHECKPOINT = "checkpoint.pt"  # of train.py
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # of the others
-HUB = "https://huggingface.co/{name}/resolve/main/{file}"
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-NEOX = "EleutherAI/gpt-neox-20b"  # has the tokenizer of the official Mambas, which come without
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-MAMBA_SSM = "d_model n_layer vocab_size tie_embeddings pad_vocab_size_multiple d_state d_conv expand"
-SSM_CFG = ("d_state", "d_conv", "expand", "headdim", "ngroups", "dt_rank")  # those inside ssm_cfg
-TRANSFORMERS = "hidden_size num_hidden_layers vocab_size tie_word_embeddings layer_norm_epsilon state_size"
-FLA = "hidden_size num_hidden_layers vocab_size tie_word_embeddings norm_eps num_heads expand_k expand_v"
-OFFICIAL = dict(d_model=2560, n_layer=64, pad_vocab_size_multiple=8)
-PADDED = dict(pad_vocab_size_multiple=1)  # in transformers the padding of a vocabulary counts as words
-LARGE2 = dict(PADDED, d_model=4096, n_layer=64, vocab_size=32768, ngroups=8, tie_embeddings=False)
-MEDIUM1 = dict(PADDED, n_layer=32, vocab_size=50280)
-KINDS = {  # ssm_cfg.layer or model_type: (library, layer, its settings, the values of missing ones)
-    "Mamba2": ("mamba_ssm", "mamba2", MAMBA_SSM + " headdim ngroups", OFFICIAL),
-    "Mamba1": ("mamba_ssm", "mamba1", MAMBA_SSM + " dt_rank", OFFICIAL),
-    "mamba2": ("transformers", "mamba2", TRANSFORMERS + " conv_kernel expand head_dim n_groups", LARGE2),
-    "mamba": ("transformers", "mamba1", TRANSFORMERS + " conv_kernel expand time_step_rank", MEDIUM1),
-    "gla": ("fla", "gla", FLA + " hidden_ratio", dict(d_model=2048, vocab_size=32000)),
+# the settings that are read from config.json, by their names there
+MAMBA_SSM = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "pad_vocab_size_multiple")
+SSM_CFG_1 = ("d_state", "d_conv", "expand", "dt_rank")  # mamba_ssm keeps the settings of its layers apart
+SSM_CFG_2 = ("d_state", "d_conv", "expand", "headdim", "ngroups")
+OURS = {  # the field of ModelConfig where it has another name
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layer",
+    "tie_word_embeddings": "tie_embeddings",
+    "layer_norm_epsilon": "norm_eps",
+    "state_size": "d_state",
+    "conv_kernel": "d_conv",
+    "head_dim": "headdim",
+    "n_groups": "ngroups",
+    "time_step_rank": "dt_rank",
 }
-FIELDS = dict(  # a setting -> the field of ModelConfig that has another name
-    hidden_size="d_model", num_hidden_layers="n_layer", tie_word_embeddings="tie_embeddings",
-    layer_norm_epsilon="norm_eps", state_size="d_state", conv_kernel="d_conv", head_dim="headdim",
-    n_groups="ngroups", time_step_rank="dt_rank",
-)  # fmt: skip
-REQUIRED = {  # settings that change the formulas, with the values that the formulas of this file stand for
-    "mamba_ssm": dict(
-        rms_norm=[True], d_intermediate=[0], attn_layer_idx=[[]], bias=[False], conv_bias=[True],
-        rmsnorm=[True], norm_before_gate=[False], D_has_hdim=[False], d_ssm=[None],
-        dt_limit=[[0.0, math.inf]],
-    ),
-    "transformers": dict(
-        hidden_act=["silu", "swish"], use_bias=[False], use_conv_bias=[True], rms_norm=[True], attn=[None],
-        time_step_limit=[[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
-    ),
-    "fla": dict(
-        hidden_act=["swish", "silu"], attn=[None], num_kv_heads=[None], feature_map=[None], clamp_min=[None],
-        use_short_conv=[False], use_output_gate=[True], elementwise_affine=[True], use_gk=[True],
-        use_gv=[False], attnres_block_size=[None],
-    ),
-}  # fmt: skip
+TRANSFORMERS = (*OURS, "vocab_size", "expand")
+FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
+FLA += ("expand_k", "expand_v", "hidden_ratio")
+
+# layer in ssm_cfg or model_type: (our layer, settings, those in ssm_cfg, the values of missing ones)
+PADDED = dict(pad_vocab_size_multiple=8)  # of mamba_ssm
+AS_IT_IS = dict(pad_vocab_size_multiple=1)  # the vocabulary of transformers counts its padding
+KINDS = {
+    "Mamba1": ("mamba1", MAMBA_SSM, SSM_CFG_1, PADDED),
+    "Mamba2": ("mamba2", MAMBA_SSM, SSM_CFG_2, PADDED),
+    "mamba": ("mamba1", TRANSFORMERS, (), AS_IT_IS),
+    "mamba2": ("mamba2", TRANSFORMERS, (), AS_IT_IS | dict(ngroups=8, tie_embeddings=False)),
+    "gla": ("gla", FLA, (), {}),
+}
+
+# settings that change the formulas: the values that our formulas stand for, first that of a missing setting
+ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
+OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
+NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")
+LIMITS = ("dt_limit", "time_step_limit")
+REQUIRED = {
+    ON: [True],
+    OFF: [False],
+    NONE: [None, []],
+    LIMITS: [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
+    ("hidden_act",): ["silu", "swish"],
+}
+
+# parts of the names of weights: ours, and those of mamba_ssm and flash-linear-attention
+MAMBA_NAMES = {
+    "embedding.": "backbone.embedding.",
+    "layers.": "backbone.layers.",
+    "norm_f.": "backbone.norm_f.",
+}
+GLA_NAMES = {
+    "embedding.": "model.embeddings.",
+    "layers.": "model.layers.",
+    ".norm.": ".attn_norm.",
+    ".mixer.": ".attn.",
+    "norm_f.": "model.norm.",
+}
+NAMES = {"mamba2": MAMBA_NAMES, "mamba1": MAMBA_NAMES, "gla": GLA_NAMES}
 
 
 def load_checkpoint(name_or_folder):
     """A checkpoint on disk or on the hub: a dictionary with "config", "model" (the weights) and "settings".
 
-    name_or_folder: a run of train.py (its folder or file), a folder of another library, or a name of the hub.
-    Weights get our names and float32, "settings" are what train.py is to go on with. Raises ValueError, one
-    sentence that names the file, for all that is missing, extra, misshapen, not finite or not understood.
+    name_or_folder: a run of train.py (its folder or file), a folder or file of weights of another library,
+        or a name of the hub
+    The weights get our names and float32; "settings" are what train.py is to go on with. Raises ValueError,
+    one sentence, for all that is missing, extra, misshapen, not finite or not understood.
     """
+    # a run of train.py
     name = os.fspath(name_or_folder)
-    file = path = name if os.path.exists(name) else download_model(name)
-    if os.path.isdir(path):
-        with reading(path, "a folder with a checkpoint"):
-            present = os.listdir(path)
-            found = [file for file in (CHECKPOINT, *WEIGHTS) if file in present]
-            if not found:
-                raise ValueError(f"no checkpoint, expected {CHECKPOINT}, or config.json and {WEIGHTS[-1]}")
-        file = os.path.join(path, found[0])
-    if not file.endswith((".safetensors", ".json", ".bin")):
+    if name.endswith((".safetensors", ".bin", ".json")):
+        name = os.path.dirname(name) or "."
+    file = os.path.join(name, CHECKPOINT) if os.path.isdir(name) else name
+    if os.path.isfile(file):
         with reading(file, "a checkpoint of train.py"):
-            checkpoint = read_pickle(file)
-            settings = checkpoint["settings"] = dict(task="text", T=2048) | checkpoint["settings"]
-            for setting, value in settings.items():
-                kind = dict(T=int, tokenizer=str | None).get(setting, str | int | float | None)
-                assert isinstance(value, kind), f"its {setting} is {value!r}"
-            assert settings["task"] in TASKS and 0 < settings["T"] <= 10**7, f"its settings are {settings}"
-            checkpoint["config"].pop("torch_dtype", None)  # of runs of an earlier version
-            config = ModelConfig(**checkpoint["config"])
-            checkpoint["config"] = asdict(config)
-            checkpoint["model"] = load_weights(config, checkpoint["model"])
-        return checkpoint
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint["model"] = import_weights(ModelConfig(**checkpoint["config"]), checkpoint["model"])
+            return checkpoint
 
-    # a file of weights of another library, and config.json beside it
-    folder = os.path.dirname(file)
-    config_file = os.path.join(folder, "config.json")
-    with reading(config_file, "the settings of a model"):
-        settings = json.loads(Path(config_file).read_bytes())
+    # config.json and weights of another library
+    folder, weights = load_weights(name)
+    file = os.path.join(folder, "config.json")
+    with reading(file, "the settings of a model"), open(file) as f:
+        settings = json.load(f)
         config = import_settings(settings)
-    weights = {}
-    for part in read_index(file) if file.endswith(".json") else [file]:
-        with reading(part, "weights"):
-            weights.update(read_pickle(part) if part.endswith(".bin") else read_safetensors(part))
-    with reading(file, "a checkpoint"):
-        weights = load_weights(config, weights)
+    with reading(folder, "a checkpoint"):
+        weights = import_weights(config, weights)
 
-    # the tokenizer: in the folder, or on the hub
-    tokenizer = name if path != name else None
+    # the tokenizer: the one in the folder, or that of the official Mambas
+    run = dict(task="text", T=2048, tokenizer=None, model=os.path.basename(os.path.abspath(name)))
     if os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        tokenizer = folder
-    elif "model_type" not in settings and config.vocab_size == 50277:
-        tokenizer = NEOX
-    run = dict(task="text", T=2048, tokenizer=tokenizer, model=os.path.basename(os.path.abspath(folder)))
+        run["tokenizer"] = name
+    elif "model_type" not in settings and config.vocab_size == KNOWN[NEOX][0]:
+        run["tokenizer"] = NEOX
     return dict(config=asdict(config), model=weights, settings=run)
 
 
-def download_model(name):
-    """The folder with the files of the hub's model `name`. config.json comes last: with it, all are there."""
-    unknown = f"no checkpoint at {name!r}, train one first or give a folder or a name of the hub"
-    if not HUB_NAME.fullmatch(name):
-        raise ValueError(unknown)
-    folder = os.path.join(torch.hub.get_dir(), "lengthgen", name)
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        found = None
-        for file in WEIGHTS:
-            found = found or download(name, file)
-        if found and found.endswith(".json"):
-            for shard in read_index(found):
-                download(name, os.path.basename(shard))
-        if not download(name, "config.json"):
-            raise ValueError(unknown)
-    return folder
+def find_folder(name, *patterns):
+    """The folder `name`, or one with those files of the hub's model `name` that fit the patterns."""
+    if os.path.isdir(name):
+        return name
+    if name.count("/") != 1:
+        raise ValueError(f"no checkpoint at {name!r}, train one first or give a folder or a name of the hub")
+    with reading(name, "a folder on this disk, or a name of the hub"):
+        import huggingface_hub
+
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
 
 
-def download(name, file):
-    """The path of a file of the hub's model `name`, downloaded at its first use; None if there is none."""
-    path = os.path.join(torch.hub.get_dir(), "lengthgen", name, file)
-    if os.path.isfile(path):
-        return path
-    url, part = HUB.format(name=name, file=file), f"{path}.{os.getpid()}"
-    with reading(url, f"{file} of {name!r}, which is not on this machine"):
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            urllib.request.urlretrieve(url, part)  # notices a connection that breaks off
-            os.replace(part, path)
-        except urllib.error.HTTPError as error:
-            if error.code not in (401, 404):  # the hub says 401 where there is no such model
-                raise
-            return None
-        finally:
-            Path(part).unlink(missing_ok=True)
-    return path
+def load_weights(name):
+    """The folder of a checkpoint of another library, and {name: tensor} of all its files of weights."""
+    weights = {}
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        folder = find_folder(name, "config.json", "tokenizer.json", pattern)
+        for file in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            with reading(file, "weights"):
+                if file.endswith(".bin"):
+                    weights.update(torch.load(file, map_location="cpu", weights_only=True))
+                else:
+                    import safetensors.torch
+
+                    weights.update(safetensors.torch.load_file(file))
+        if weights:
+            return folder, weights
+    raise ValueError(f"{name} has no checkpoint: no {CHECKPOINT}, model.safetensors or pytorch_model.bin")
 
 
 def import_settings(settings):
-    """The ModelConfig of another library's config.json; ValueError where it means other formulas."""
-    flat = dict(settings)
-    flat.update(flat.pop("ssm_cfg", None) or {})  # mamba_ssm keeps the settings of its layers apart
-    kind = str(flat.pop("model_type", None) or flat.pop("layer", None) or "Mamba1")
+    """The ModelConfig of another library's config.json."""
+    settings = dict(settings)
+    settings.update(settings.pop("ssm_cfg", None) or {})
+    kind = settings.pop("model_type", None) or settings.pop("layer", None) or "Mamba1"
     if kind not in KINDS:
         raise ValueError(f"unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
-    if flat.get("num_kv_heads") == flat.get("num_heads", 4):
-        flat["num_kv_heads"] = None  # which means the same
+    layer, names, names_in_ssm_cfg, defaults = KINDS[kind]
 
-    # settings that the library leaves to its defaults, that must have a value, that are fields of ours
-    library, layer, names, defaults = KINDS[kind]
-    required = REQUIRED[library]
-    config, ignored = dict(defaults, layer=layer), []
-    for name, value in flat.items():
-        if name in required:
-            require(name, value, *required[name])
-        elif name not in names.split():
+    # what would mean other formulas
+    if kind == "mamba2":
+        settings.pop("norm_before_gate", None)  # published files have it, transformers does not read it
+    if settings.get("num_kv_heads") == settings.get("num_heads", 4):
+        settings.pop("num_kv_heads", None)  # as many heads of keys and values as of queries, which is ours
+    for required, values in REQUIRED.items():
+        for name in required:
+            value = settings.pop(name, values[0])
+            if value not in values:
+                raise ValueError(f"its {name} is {value!r}, but only {values[0]!r} is known here")
+
+    # our fields; None and "auto" mean the default
+    config = dict(defaults, layer=layer)
+    ignored = []
+    for name, value in settings.items():
+        if name not in names + names_in_ssm_cfg:
             ignored.append(name)
-        elif value not in (None, "auto"):  # both mean the default
-            config[FIELDS.get(name, name)] = value
+        elif value not in (None, "auto"):
+            config[OURS.get(name, name)] = value
     if ignored:
         print(f"config.json: settings that are unknown here and ignored: {', '.join(ignored)}", flush=True)
     return ModelConfig(**config)
 
 
-def read_index(index):
-    """The .safetensors files, all in its own folder, that an index.json lists."""
-    with reading(index, "an index of weights"):
-        names = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
-        for name in names:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise ValueError(f"{name!r} is no .safetensors of the same folder")
-        return [os.path.join(os.path.dirname(index), name) for name in names]
-
-
-def read_safetensors(file):
-    """{name: tensor}, memory-mapped.
-
-    The format: 8 bytes with the size n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets:
-    [start, stop]}}; the tensors, without gaps.
-    """
-    size = os.path.getsize(file)
-    with open(file, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if n > size:
-            raise ValueError(f"it has {size} bytes and claims a header of {n}, fetch it again")
-        header = json.loads(f.read(n))
-    header.pop("__metadata__", None)
-    weights, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = entry["data_offsets"]
-        if start != end:
-            raise ValueError(f"{name} starts at {start}, but the weight before it ends at {end}")
-        # one map for each tensor: it goes when the tensor goes. Mode c: what is written stays in memory
-        data = np.memmap(file, np.uint8, mode="c", offset=8 + n + start, shape=stop - start)
-        weights[name] = torch.from_numpy(data).view(DTYPES[entry["dtype"]]).view(entry["shape"])
-        end = stop
-    if 8 + n + end != size:
-        raise ValueError(f"it has {size} bytes, but its weights end at {8 + n + end}")
-    return weights
-
-
-def read_pickle(file):
-    """The dictionary in a file of torch.save; executes nothing."""
-    with zipfile.ZipFile(file) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > os.path.getsize(file):  # torch.save does not compress
-        raise ValueError(f"it would unpack to {unpacked} bytes, more than it has")
-    try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError:  # whose own text tells how to execute the file
-        raise ValueError("it is damaged, or holds code that would be executed") from None
-
-
-def load_weights(config, weights):
-    """The weights of a model of config by our names, in float32; empties `weights`.
-
-    Raises ValueError unless such a model has exactly these.
-    """
-    # what would load but be wrong: other numbers than floats, or a few bytes that pose as a large tensor
-    ours, storages = {}, {}
+def import_weights(config, weights):
+    """The weights by our names, in float32. Raises an error unless a model of config has exactly these."""
+    if config.n_layer > len(weights):
+        raise ValueError(f"its settings ask for {config.n_layer} layers, it has {len(weights)} weights")
+    ours = {}
     for name, x in weights.items():
-        if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.dtype not in DTYPES.values():
-            kind = getattr(x, "dtype", type(x).__name__)
-            raise ValueError(f"{name} is {kind}, expected dense floating point of 16 to 64 bits")
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        name = str(name).replace("backbone.embeddings.", "backbone.embedding.")  # of transformers
-        ours[name.replace(".g_norm.", ".g_norm_swish_gate.")] = x  # of fla where fuse_norm is off
+        # transformers and older versions of flash-linear-attention call two of them otherwise
+        name = name.replace("backbone.embeddings.", "backbone.embedding.")
+        name = name.replace(".g_norm.", ".g_norm_swish_gate.")
+        for our_part, their_part in NAMES[config.layer].items():
+            name = name.replace(their_part, our_part)
+        ours[name] = x
 
-    # no model is larger than its file: before there are modules, and before there are numbers
-    n_bytes = sum(storages.values())
-    if config.n_layer > len(ours):
-        raise ValueError(f"its settings ask for {config.n_layer} layers, it has {len(ours)} weights")
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    needed = 2 * sum(p.numel() for p in model.parameters())
-    if needed > n_bytes:
-        raise ValueError(f"its settings ask for {needed} bytes or more, its weights have {n_bytes}")
+    # a tied weight may be there under either name, or under both
+    if config.tie_embeddings:
+        output = ours.setdefault("lm_head.weight", ours.get("embedding.weight"))
+        if not torch.equal(output, ours.setdefault("embedding.weight", output)):
+            raise ValueError("lm_head.weight differs from the embedding that its settings tie it to")
 
-    # PyTorch names what is missing, extra or misshapen
-    embedding = embedding_name(config)
-    if config.tie_embeddings and embedding in ours:
-        ours.setdefault("lm_head.weight", ours[embedding])
-    model.load_state_dict(ours, assign=True)
-    if config.tie_embeddings and not ours["lm_head.weight"].equal(ours[embedding]):
-        raise ValueError("lm_head.weight differs from the embedding that its settings tie it to")
-    model.tie_weights()
-
-    # one weight after the other, and the old one goes: at no time are there two copies of them all
-    weights.clear()
-    ours.clear()
-    for name, p in model.named_parameters():
-        p.data = p.data.to(torch.float32, copy=True)
-        if not all_finite(p.data):
+    # PyTorch names what is missing, extra or misshapen, before the numbers are looked at
+    model_from_checkpoint(dict(config=asdict(config), model=ours))
+    for name, x in ours.items():
+        if not x.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite, fetch it again")
-    return model.state_dict()
+        ours[name] = nn.Parameter(x.to(torch.float32, copy=True))  # x may be a view of the file
+    if config.tie_embeddings:
+        ours["lm_head.weight"] = ours["embedding.weight"]  # one Parameter, so that it stays tied
+    return ours
 
 
-def all_finite(x):
-    """Whether all numbers of a tensor are finite; x.isfinite() would make a copy as large as x."""
-    return all(map(math.isfinite, x.aminmax()))
+def model_from_checkpoint(checkpoint):
+    """The model of a dictionary from load_checkpoint, whose tensors become its weights."""
+    with torch.device("meta"):  # no time and no memory for weights that are replaced at once
+        model = LanguageModel(ModelConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"], assign=True)
+    return model
 
 
-def embedding_name(config):
-    _, trunk, embedding, _ = LAYERS[config.layer]
-    return f"{trunk}.{embedding}.weight"
+def export_model(model, folder, dtype=torch.float32):
+    """Write config.json and pytorch_model.bin as mamba_ssm loads them, in the case of GLA as fla does.
+
+    dtype: of the stored weights. Raises ValueError, before anything is written, for what would be loaded
+    wrongly.
+    """
+    config = model.config
+    kind = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla"}[config.layer]
+    _, names, names_in_ssm_cfg, defaults = KINDS[kind]
+    readable = ModelConfig(**defaults, layer=config.layer)
+    for field in ("norm_eps", "gate_low_rank_dim", "pad_vocab_size_multiple"):
+        can_be_set = field in names
+        if not can_be_set and getattr(config, field) != getattr(readable, field):
+            raise ValueError(f"the other library has no setting for {field} {getattr(config, field)}")
+    for file in (CHECKPOINT, "model.safetensors"):
+        if os.path.exists(os.path.join(folder, file)):
+            raise ValueError(f"{folder} has a {file}, which would be read instead: choose another folder")
+
+    # the weights by the library's names; a tied one is stored once, because both names share its memory
+    weights = {}
+    for name, x in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_embeddings:
+            continue
+        for our_part, their_part in NAMES[config.layer].items():
+            name = name.replace(our_part, their_part)
+        weights[name] = x.to("cpu", dtype)
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = next(x for name, x in weights.items() if "embedding" in name)
+
+    # the settings by the library's names
+    settings = {name: getattr(config, OURS.get(name, name)) for name in names}
+    if config.layer == "gla":
+        settings["model_type"] = kind
+    else:
+        ssm_cfg = {name: getattr(config, name) for name in names_in_ssm_cfg}
+        settings.update(rms_norm=True, residual_in_fp32=True, ssm_cfg=dict(ssm_cfg, layer=kind))
+    write_atomically(os.path.join(folder, "pytorch_model.bin"), lambda file: torch.save(weights, file))
+    write_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
 
 
 def write_atomically(path, write):
-    """Call write(temporary path) and rename: whoever reads the file sees all of it, or the old one.
-
-    Makes the file's folder. Raises ValueError where that fails, for one because the disk is full.
-    """
+    """Call write(file) and rename: whoever reads `path` finds all of it, or the old one. Makes its folder."""
     temporary = f"{path}.tmp"
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:  # torch.save into an open file says so if the disk is full
+            write(file)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save
+    except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise ValueError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be written: {error}") from None
 
 
 def write_text(path, text):
     """Write a file of text as write_atomically does."""
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
-
-
-def model_from_checkpoint(checkpoint):
-    """The model of a dictionary from load_checkpoint, whose tensors become the weights, uncopied."""
-    with torch.device("meta"):
-        model = LanguageModel(ModelConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"], assign=True)
-    model.tie_weights()
-    return model
-
-
-def export_model(model, folder, format=None, dtype=torch.float32):
-    """Write config.json and pytorch_model.bin as another library loads them; ValueError where it could not.
-
-    format: "mamba_ssm" (the default for Mamba), "transformers" (version 5 if ngroups > 1; padding rows of the
-        vocabulary count there as words) or "fla" (GLA)
-    dtype: torch dtype of the stored weights
-    """
-    # what cannot be written is refused before there is a file
-    config, weights = model.config, {}
-    kinds = {library: kind for kind, (library, layer, _, _) in KINDS.items() if layer == config.layer}
-    if format is None:
-        format = "fla" if config.layer == "gla" else "mamba_ssm"
-    if format not in kinds:
-        raise ValueError(f"unknown format {format!r} for {config.layer}, expected {' or '.join(kinds)}")
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype is {dtype}, expected a floating-point one of 16 to 64 bits")
-    for library, field in (("mamba_ssm", "norm_eps"), ("fla", "gate_low_rank_dim")):
-        value = getattr(config, field)
-        if format == library and value != getattr(ModelConfig(layer=config.layer), field):
-            raise ValueError(f"{format} has no setting for {field} {value}, choose another format")
-    for file in (CHECKPOINT, *WEIGHTS[:-1]):
-        if os.path.exists(os.path.join(folder, file)):
-            raise ValueError(f"{folder!r} holds {file}, which would be read instead: choose another folder")
-
-    # the weights by the library's names, a tied one stored once
-    for name, x in model.state_dict().items():
-        weights[name] = x.to("cpu", dtype).contiguous()
-        if not all_finite(weights[name]):
-            raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
-    if config.tie_embeddings:
-        weights["lm_head.weight"] = weights[embedding_name(config)]
-    if format == "transformers":
-        config = replace(config, vocab_size=len(model.lm_head.weight))
-        weights = {name.replace(".embedding.", ".embeddings."): x for name, x in weights.items()}
-    settings = export_settings(config, kinds[format], dtype)
-    write_atomically(os.path.join(folder, WEIGHTS[-1]), functools.partial(torch.save, weights))
-    write_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
-
-
-def export_settings(config, kind, dtype):
-    """What config.json says of a model: a dictionary."""
-    library, _, names, _ = KINDS[kind]
-    settings = {name: getattr(config, FIELDS.get(name, name)) for name in names.split()}
-    if library == "mamba_ssm":
-        ssm_cfg = dict(layer=kind)
-        for name in SSM_CFG:
-            if name in settings:
-                ssm_cfg[name] = settings.pop(name)
-        return dict(settings, rms_norm=True, residual_in_fp32=True, ssm_cfg=ssm_cfg)
-    if kind == "mamba2":
-        settings["num_heads"] = config.expand * config.d_model // config.headdim
-    if library == "transformers":  # <|endoftext|>; by its own default generation would end at a "!"
-        settings.update(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    return dict(settings, model_type=kind, torch_dtype=str(dtype).removeprefix("torch."))
+    write_atomically(path, lambda file: file.write(text.encode()))

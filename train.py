@@ -3,31 +3,39 @@
     python train.py --intervention state_passing
 
 is the main job: it pre-trains the tiny base model on echo if there is none, post-trains it, and ends with a
-table and a picture of the loss by position, before and after. Without --intervention it makes the base alone;
-`--intervention zero` is the control, the same extra steps without a cure. Every run is one folder with
-checkpoint.pt and metrics.jsonl; the last run of a command has the picture. A run that was stopped goes on
-from its last checkpoint when it is started again in the same way. Several GPUs: torchrun --nproc-per-node N
-train.py ..., each rank carries its own rows. Letters are those of lengthgen.py.
+table, a verdict and a picture of the loss by position, before and after. Without --intervention it makes the
+base alone; `--intervention zero` is the control, the same extra steps without a cure. Every run is one folder
+with checkpoint.pt, metrics.jsonl and what was measured of it. A run that was stopped goes on from its last
+checkpoint when it is started again in the same way. Several GPUs: torchrun --nproc-per-node N train.py ...,
+each rank carries its own rows. Letters are those of lengthgen.py.
 """
 
 import argparse
+import ast
 import contextlib
 import functools
+import inspect
 import json
 import math
 import os
+import platform
 import shlex
 import signal
 import sys
+import textwrap
 import time
+import zlib
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 
-import eval as ev
+import kernels
 import lengthgen as lg
-from eval import print_once, rank
 
 # ---- 1. Recipes ----
 
@@ -36,15 +44,18 @@ TINY_MODELS = {  # they learn echo on a laptop in minutes
     "mamba1": dict(d_model=96, n_layer=2, d_state=16),
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
 }
-# hold: the share of the steps after which the learning rate begins to fall; 0 is the paper's schedule
-PRETRAIN = dict(steps=1400, lr=3e-3, hold=0.0)
-PRETRAIN_MIXED = dict(steps=1840, lr=5e-3, hold=0.85)  # with less, plain text hardly breaks
-POSTTRAIN = dict(steps=500, lr=1e-3, hold=0.0, batch=64, zero_prob=0.5)
-# Models above LARGE parameters take the paper's steps and tokens, and no zero starts. The paper does not give
-# its learning rate; ours is the geometric mean of the peak of pre-training (6e-4 to 2e-4) and FINAL_LR.
-LARGE = 50e6
-POSTTRAIN_LARGE = dict(steps=500, lr=5e-5, hold=0.0, batch=8, zero_prob=0.0)
-TOKENS_LARGE = 2**19  # tokens of a step, by accumulation
+# What the command line leaves open. hold: the share of the steps after which the learning rate begins to fall
+# (0 is the paper's schedule); zero_prob: the share of the rows that start from zeros
+RECIPES = {
+    "base": dict(steps=1400, lr=3e-3, hold=0.0, batch=64, zero_prob=0.0),
+    "base of mixed": dict(steps=1840, lr=5e-3, hold=0.85, batch=64, zero_prob=0.0),  # less hardly breaks it
+    "cure": dict(steps=500, lr=1e-3, hold=0.0, batch=64, zero_prob=0.5),
+    # the paper's steps, tokens and zero starts; it does not give its learning rate
+    "cure of a large model": dict(steps=500, lr=5e-5, hold=0.0, batch=8, zero_prob=0.0),
+}
+DEFAULTS = dict(accumulate=1, intervention="zero", carry="full", noise_std=1.0)
+LARGE = 50e6  # parameters
+TOKENS_LARGE = 2**19  # tokens of a step of a large model, by accumulation
 # the paper's
 FINAL_LR = 1e-5
 WEIGHT_DECAY = 0.01
@@ -52,59 +63,117 @@ BETAS = (0.9, 0.95)
 CLIP = 1.0
 SAVE_EVERY = 100  # steps
 
-SETTINGS = (  # with data, ranks and init, what a run is: it goes on only where all of this is the same
-    "model", "task", "T", "tokenizer", "batch", "accumulate", "seed", "compile", "intervention", "carry",
-    "zero_prob", "noise_std", "steps", "lr", "hold",
-)  # fmt: skip
-
 # ---- 2. Arguments ----
+
+SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings of a base that its cures share
+OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch", "accumulate")
 
 
 def parse_arguments(argv):
-    p = ev.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--intervention", choices=lg.INTERVENTIONS, help="the cure (none: train the base alone)")
     p.add_argument("--model", choices=TINY_MODELS, help="architecture of a new base (mamba2)")
     p.add_argument("--task", choices=lg.TASKS, help="what to train on (echo, or the task of --init)")
-    p.add_argument("--data", nargs="+", metavar="PATH", help="text, .jsonl or a .bin (the standard library)")
-    p.add_argument("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json (bytes, or as --init)")
-    p.add_argument("--T", type=int, help="training length in tokens (that of the task, or of --init)")
-    p.add_argument("--init", metavar="NAME", help="start from this run, or a checkpoint on disk or the hub")
-    p.add_argument("--steps", type=int, help="optimizer steps (base 1400, of mixed 1840; then 500)")
-    p.add_argument("--lr", type=float, help="peak (base 3e-3, of mixed 5e-3; then 1e-3; official 5e-5)")
-    p.add_argument("--batch", type=int, help="rows of a micro-batch on each rank (64; official sizes 8)")
-    p.add_argument("--accumulate", type=int, help="micro-batches of a step (1; official sizes: 0.5M tokens)")
-    p.add_argument("--carry", default="full", choices=["full", "scan"], help="the state that is handed over")
-    p.add_argument("--zero-prob", type=float, help="share of rows from zeros (0.5; official sizes 0)")
-    p.add_argument("--noise-std", type=float, default=1.0, help="standard deviation of random_noise")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="runs", help="folder of the runs")
+    p.add_argument("--data", nargs="+", type=not_empty, metavar="PATH", help=DATA_HELP)
+    p.add_argument(
+        "--tokenizer", type=not_empty, help="bytes, a tiktoken name, a tokenizer.json (that of --init)"
+    )
+    p.add_argument("--T", type=between(int, 1, 10**7), help="training length in tokens (that of the task)")
+    p.add_argument(
+        "--init", type=not_empty, metavar="NAME", help="start from a run, or a checkpoint of disk or hub"
+    )
+    p.add_argument("--steps", type=between(int, 1, 10**8), help="optimizer steps (base 1400, cure 500)")
+    p.add_argument(
+        "--lr", type=between(float, 0, 1), help="peak learning rate (3e-3; cure 1e-3, official 5e-5)"
+    )
+    p.add_argument(
+        "--batch", type=between(int, 1, 10**6), help="rows of a micro-batch, per rank (64; official 8)"
+    )
+    p.add_argument(
+        "--accumulate", type=between(int, 1, 10**6), help="micro-batches of a step (1; official: many)"
+    )
+    p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
+    p.add_argument(
+        "--zero-prob", type=between(float, 0, 1), help="share of rows from zeros (0.5; official 0)"
+    )
+    p.add_argument("--noise-std", type=between(float, 0, 1e6), help="standard deviation of random_noise (1)")
+    p.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0)
+    p.add_argument("--out", type=not_empty, default="runs", help="folder of the runs")
     p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
     args = p.parse_args(argv)
-    ev.check_arguments(args)
-    if args.init is not None and not args.intervention:
+
+    # what would be ignored is refused
+    if args.init and not args.intervention:
         raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
-    for name in ("carry", "zero_prob", "noise_std"):
-        if not args.intervention and getattr(args, name) != p.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} needs an --intervention, the base has none")
+    for option in ("carry", "zero_prob", "noise_std"):
+        if not args.intervention and getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} needs an --intervention, the base has none")
     return args
 
 
-# ---- 3. Ranks, schedule, optimizer ----
+DATA_HELP = 'text, .jsonl with a "text", or a .bin of tokens (the standard library)'
 
 
-def start_ranks(device):
-    """Join the other ranks where torchrun started this program. Returns the number of ranks."""
-    if "WORLD_SIZE" not in os.environ:
-        return 1
-    if not dist.is_initialized():
-        backend = "gloo"  # for tensors on the CPU, and for checkpoints, which are gathered there
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions, as all other errors of the command line."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def between(kind, lowest, highest):
+    """A type of arguments: an int or a float from `lowest` to `highest`."""
+
+    def parse(text):
+        value = kind(text)
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"must lie between {lowest} and {highest}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" where kind(text) fails
+    return parse
+
+
+def not_empty(text):
+    """A type of arguments: a text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a name, or leave it out")
+    return text
+
+
+# ---- 3. Device, schedule, optimizer ----
+
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print_once(message):
+    """Print on the first rank of a distributed run only."""
+    if RANK == 0:
+        print(message, flush=True)
+
+
+def choose_device(wanted):
+    """The torch.device of --device, or the best there is; prints which one and why. Joins the other ranks."""
+    device = torch.device(wanted or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if device.type == "cuda":  # several ranks have a GPU each
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    reason = "asked for" if wanted else "the best there is"
+    print_once(f"device: {device}, {reason}, {torch.get_num_threads()} CPU threads, {RANKS} ranks")
+
+    # checkpoints are gathered on the CPU, by gloo; gradients are averaged where they are
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
-        print_once(f"ranks: {dist.get_world_size()}, each with its own rows and states")
-    return dist.get_world_size()
+    return device
 
 
 def learning_rate(step, steps, peak, hold=0.0):
@@ -125,10 +194,10 @@ def make_optimizer(model):
     """AdamW without weight decay on norms, biases, D, dt_bias and A_log."""
     decayed = dict(params=[], weight_decay=WEIGHT_DECAY)
     not_decayed = dict(params=[], weight_decay=0.0)
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() > 1 and not name.endswith("A_log")
+    for weight_name, weight in model.named_parameters():
+        is_matrix = weight.dim() > 1 and not weight_name.endswith("A_log")
         group = decayed if is_matrix else not_decayed
-        group["params"].append(parameter)
+        group["params"].append(weight)
     fused = model.lm_head.weight.device.type != "mps"
     return torch.optim.AdamW([decayed, not_decayed], lr=0.0, betas=BETAS, fused=fused)
 
@@ -143,94 +212,96 @@ class Carried:
     of the same slot in the step before. So "the previous batch" means the whole batch, as in the paper.
     """
 
-    def __init__(self, model, corpus, settings):
-        _, rows_continue = lg.INTERVENTIONS[settings["intervention"]]
-        seed = 1000 * settings["seed"] + rank()
+    def __init__(self, model, corpus, s):
+        _, rows_continue = lg.INTERVENTIONS[s.intervention]
+        seed = 1000 * s.seed + RANK
         self.rows = []
         self.states = []  # the initial states of the next step
-        for slot in range(settings["accumulate"]):
-            self.rows.append(lg.Rows(corpus, "train", settings["batch"], rows_continue, seed + 10**6 * slot))
-            self.states.append(model.zero_state(settings["batch"]))
+        for slot in range(s.accumulate):
+            self.rows.append(lg.Rows(corpus, "train", s.batch, rows_continue, seed + 10**6 * slot))
+            self.states.append(model.zero_state(s.batch))
         self.stats = lg.StateStatistics()
         self.noise_rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed + 10**9)
 
     def state_dict(self):
-        # on the CPU, because other ranks have no use of this rank's GPU
-        rows = [slot.state_dict() for slot in self.rows]
-        states = [lg.map_state(torch.Tensor.cpu, state) for state in self.states]
-        stats = dict(vars(self.stats))
-        for name in ("mean", "mean_square"):
-            stats[name] = lg.map_state(torch.Tensor.cpu, stats[name])
+        """All of it as plain dictionaries, lists, tuples and tensors on the CPU."""
+        rows = [dict(rng=rows.rng.get_state(), at=rows.at) for rows in self.rows]
+        states = [to_plain(state) for state in self.states]
+        mean, mean_square = to_plain(self.stats.mean), to_plain(self.stats.mean_square)
+        stats = dict(count=self.stats.count, mean=mean, mean_square=mean_square)
         return dict(rows=rows, states=states, stats=stats, noise_rng=self.noise_rng.get_state())
 
-    def load_state_dict(self, saved, step):
-        for slot, saved_rows in zip(self.rows, saved["rows"], strict=True):
-            slot.load_state_dict(saved_rows)
+    def load_state_dict(self, saved, device):
+        for rows, saved_rows in zip(self.rows, saved["rows"], strict=True):
+            rows.rng.set_state(saved_rows["rng"])
+            rows.at = saved_rows["at"]
+        self.states = [from_plain(state, device) for state in saved["states"]]
+        self.stats.count = saved["stats"]["count"]
+        self.stats.mean = from_plain(saved["stats"]["mean"], device)
+        self.stats.mean_square = from_plain(saved["stats"]["mean_square"], device)
         self.noise_rng.set_state(saved["noise_rng"])
-        self.stats.update(self.states[0])  # of zeros: statistics with the right layout
-        self.stats.count = step * len(self.rows)
-        fill(self.states, saved["states"], "states")
-        fill(vars(self.stats), saved["stats"], "statistics")
 
 
-def fill(fresh, saved, name):
-    """Copy the tensors of a file into fresh ones, in nests of dictionaries and lists that must be alike."""
-    if isinstance(fresh, torch.Tensor):
-        assert saved.shape == fresh.shape, f"{name} has shape {list(saved.shape)}, not {list(fresh.shape)}"
-        fresh.copy_(saved)
-        assert fresh.isfinite().all(), f"{name} is not finite"
-    elif isinstance(fresh, (dict, list, tuple)):
-        assert len(saved) == len(fresh), f"{name} has {len(saved)} entries, not {len(fresh)}"
-        for key in fresh if isinstance(fresh, dict) else range(len(fresh)):
-            fill(fresh[key], saved[key], f"{name} {key}")
+def to_plain(state):
+    """A state as a list of tuples of tensors on the CPU, which torch.load opens without this program."""
+    return state and [tuple(layer) for layer in lg.map_state(torch.Tensor.cpu, state)]
 
 
-def train(model, corpus, settings, folder, device, signals):
-    """Train the model in place as the settings say, writing to the folder; go on where an equal run stopped.
+def from_plain(saved, device):
+    """The state that to_plain has made plain, on a device."""
+    return saved and lg.map_state(lambda x: x.to(device), [lg.LayerState(*layer) for layer in saved])
+
+
+def train(model, corpus, s, folder, device, signals, compile=False):
+    """Train the model in place by the settings s, writing to the folder; go on where an equal run stopped.
 
     A finished run is only loaded. A folder that holds another run is left alone: ValueError.
-    signals: a list; a signal in it ends the program after the step in work, with a checkpoint
+    signals: a list that is empty until somebody asks to stop after the step in work, with a checkpoint
     """
-    s = settings
-    torch.manual_seed(s["seed"])
-    task, _, _ = lg.TASKS[s["task"]]
-    intervention, _ = lg.INTERVENTIONS[s["intervention"]]
-    if s["intervention"] == "random_noise":
-        intervention = functools.partial(intervention, std=s["noise_std"])
+    torch.manual_seed(s.seed)
+    task, _, _ = lg.TASKS[s.task]
+    intervention, _ = lg.INTERVENTIONS[s.intervention]
+    if s.intervention == "random_noise":
+        intervention = functools.partial(intervention, std=s.noise_std)
+    run = describe_run(s, model, corpus)
     optimizer = make_optimizer(model)
     carried = Carried(model, corpus, s)
 
-    # go on from the last checkpoint of this run
+    # go on from the last checkpoint of this run, with the metrics of its steps
     first_step, seconds_before = 0, 0.0
     if os.path.exists(os.path.join(folder, lg.CHECKPOINT)):
-        first_step, seconds_before = load_run(folder, s, model, optimizer, carried)
-        if first_step == s["steps"]:
-            print_once(f"{folder}: found, all {first_step} steps")
+        first_step, seconds_before = load_run(folder, run, model, optimizer, carried)
+        if first_step == s.steps:
+            print_once(f"{folder}: found, all {s.steps} steps")
             return
         print_once(f"{folder}: goes on at step {first_step}, where the same run was stopped")
     saved_step = first_step
-    metrics_file = start_metrics(folder, first_step)
+    metrics_file = Path(folder, "metrics.jsonl")
+    if RANK == 0:
+        metrics_file.touch()
+        lines = metrics_file.read_text(errors="replace").splitlines(keepends=True)  # one for each step
+        lg.write_text(metrics_file, "".join(lines[:first_step]))
     started = time.time()
 
-    forward = torch.compile(model) if s["compile"] else model
+    forward = torch.compile(model) if compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    tokens_per_step = s["batch"] * s["T"] * s["accumulate"] * s["ranks"]
-    for step in range(first_step + 1, s["steps"] + 1):
+    tokens_per_step = s.batch * s.T * s.accumulate * s.ranks
+    for step in range(first_step + 1, s.steps + 1):
         # the gradient of the mean loss of all micro-batches, each from the state that its slot carries
         step_loss = torch.zeros((), device=device)
-        for slot in range(s["accumulate"]):
-            tokens, part = task(carried.rows[slot], s["T"])
+        for slot in range(s.accumulate):
+            tokens, part = task(carried.rows[slot], s.T)
             tokens = torch.from_numpy(tokens).to(device)
             part = torch.from_numpy(part).to(device)
             with autocast:
                 logits, final_state = forward(tokens[:, :-1], carried.states[slot])
-            loss = lg.masked_loss(logits, tokens[:, 1:], part) / s["accumulate"]
+            loss = lg.masked_loss(logits, tokens[:, 1:], part) / s.accumulate
             loss.backward()
             step_loss += loss.detach()
 
             # the intervention: the state from which the next micro-batch of this slot starts
             carried.states[slot] = lg.next_initial_state(
-                intervention, final_state, carried.stats, carried.noise_rng, s["zero_prob"], s["carry"]
+                intervention, final_state, carried.stats, carried.noise_rng, s.zero_prob, s.carry
             )
 
         # one optimizer step, with the mean of the gradients of all ranks
@@ -238,8 +309,11 @@ def train(model, corpus, settings, folder, device, signals):
             lg.mean_over_ranks(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         step_loss = lg.mean_over_ranks(step_loss).item()
-        check_finite(step_loss + norm.item(), step, saved_step, folder, s)
-        lr = learning_rate(step - 1, s["steps"], s["lr"], s["hold"])
+        if not math.isfinite(step_loss + norm.item()):
+            kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
+            problem = f"loss {step_loss}, gradient {norm.item()} in step {step}, {kept} in {folder}"
+            raise FloatingPointError(f"{problem}: try a smaller --lr than {s.lr} or another --seed")
+        lr = learning_rate(step - 1, s.steps, s.lr, s.hold)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -247,24 +321,20 @@ def train(model, corpus, settings, folder, device, signals):
 
         # a line of metrics for every step, twenty lines on the screen
         seconds = seconds_before + time.time() - started
-        metrics = dict(step=step, loss=step_loss, lr=lr, tokens=step * tokens_per_step, seconds=seconds)
-        if rank() == 0:
+        line = dict(step=step, loss=step_loss, lr=lr, tokens=step * tokens_per_step, seconds=seconds)
+        if RANK == 0:
             with open(metrics_file, "a") as f:
-                f.write(json.dumps(metrics) + "\n")
-        if step % max(1, s["steps"] // 20) == 0 or step == s["steps"]:
+                f.write(json.dumps(line) + "\n")
+        if step % max(1, s.steps // 20) == 0 or step == s.steps:
             speed = (step - first_step) / (seconds - seconds_before)  # steps a second
-            left = ev.clock((s["steps"] - step) / speed)
-            done = f"step {step:5}/{s['steps']}  {step / s['steps']:4.0%}  loss {step_loss:.3f}"
+            left = clock((s.steps - step) / speed)
+            done = f"step {step:5}/{s.steps}  {step / s.steps:4.0%}  loss {step_loss:.3f}"
             print_once(f"  {done}  {speed * tokens_per_step:,.0f} tokens/s  {left} left")
 
-        # a checkpoint, unless this step has ruined the weights: the loss above is of the weights before it
+        # a checkpoint; all ranks stop after the same step, even if the signal reached one of them only
         stopped = lg.mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
-        if step % SAVE_EVERY == 0 or step == s["steps"] or stopped:
-            with torch.no_grad(), autocast:
-                logits, _ = model(tokens[:, :-1])
-            loss = lg.mean_over_ranks(lg.masked_loss(logits, tokens[:, 1:], part))
-            check_finite(loss.item(), step, saved_step, folder, s)
-            save_run(folder, s, model, optimizer, carried, step, seconds)
+        if step % SAVE_EVERY == 0 or step == s.steps or stopped:
+            save_run(folder, run, model, optimizer, carried, step, seconds)
             saved_step = step
         if stopped:
             print_once(f"stopped after step {step}: the same command goes on from there")
@@ -273,163 +343,390 @@ def train(model, corpus, settings, folder, device, signals):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Wait until no other process trains in the folder, and keep others out. Yields a list for the signals
-    that ask to stop, which are collected there instead of ending the program."""
-    ev.make_folder(folder)
-    with contextlib.ExitStack() as at_the_end:
-        if rank() == 0 and os.name == "posix":  # Windows has no such locks
-            import fcntl
+    """Wait until no other process trains in the folder, and keep others out.
 
-            lock = os.open(folder, os.O_RDONLY)
-            at_the_end.callback(os.close, lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}: another process trains here, waiting until it has finished", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        if dist.is_initialized():
-            dist.barrier()  # the other ranks wait for the first one
-        signals = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            former = signal.signal(number, lambda number, _: signals.append(number))
-            at_the_end.callback(signal.signal, number, former)
+    Yields a list that collects SIGINT and SIGTERM, which ask to stop; a second one ends the program at once.
+    """
+    # the first rank waits for other programs, the other ranks for the first one
+    lock = FileLock(os.path.join(folder, "lock"))
+    os.makedirs(folder, exist_ok=True)
+    if RANK == 0:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{folder}: another process trains here, waiting until it has finished", flush=True)
+            lock.acquire()
+    if dist.is_initialized():
+        dist.barrier()
+
+    signals = []
+
+    def remember(number, _):
+        if signals:
+            sys.exit(128 + number)
+        signals.append(number)
+
+    former = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         yield signals
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        lock.release()
 
 
-def check_finite(value, step, saved_step, folder, settings):
-    """Stop a run whose loss or gradient is no number any more. All ranks see the same value."""
-    if not math.isfinite(value):
-        kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
-        raise FloatingPointError(
-            f"the loss or its gradient became {value} in step {step}, {kept} in {folder}: "
-            f"try a smaller --lr than {settings['lr']} or another --seed"
-        )
+def make_folder(path):
+    """Create a folder; ValueError if it cannot be written to, before anything long starts."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        Path(path, "test").touch()
+        Path(path, "test").unlink()
+    except OSError as error:
+        raise ValueError(f"the folder {path!r} cannot be written to: {error}") from None
 
 
-def start_metrics(folder, first_step):
-    """The path of metrics.jsonl, which keeps its lines up to first_step, unless a power cut has torn them."""
-    file = os.path.join(folder, "metrics.jsonl")
-    kept = []
-    if os.path.exists(file):
-        with open(file, errors="replace") as f:
-            for line in f:
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                    if json.loads(line)["step"] <= first_step:
-                        kept.append(line)
-    if rank() == 0:
-        lg.write_text(file, "".join(kept))
-    return file
-
-
-def save_run(folder, settings, model, optimizer, carried, step, seconds):
+def save_run(folder, run, model, optimizer, carried, step, seconds):
     """Write, in one step, everything that a run of one or several ranks needs to go on."""
     this_rank = carried.state_dict()
-    ranks = [this_rank]
+    all_ranks = [this_rank]
     if dist.is_initialized():
-        ranks = [None] * settings["ranks"]
-        dist.all_gather_object(ranks, this_rank)
-    checkpoint = dict(config=asdict(model.config), settings=settings, step=step, seconds=seconds, ranks=ranks)
-    checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict(), versions=ev.versions())
-    if rank() == 0:
+        all_ranks = [None] * RANKS
+        dist.all_gather_object(all_ranks, this_rank)
+    checkpoint = dict(run, step=step, seconds=seconds, ranks=all_ranks, versions=VERSIONS)
+    checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+    if RANK == 0:
         lg.write_atomically(os.path.join(folder, lg.CHECKPOINT), functools.partial(torch.save, checkpoint))
 
 
-@torch.no_grad()
-def load_run(folder, settings, model, optimizer, carried):
+def load_run(folder, run, model, optimizer, carried):
     """Load what save_run wrote into model, optimizer and carried. Returns its step and its seconds."""
     saved = lg.load_checkpoint(folder)
-    check_settings(saved, settings, folder)
+    check_same_run(saved, run, folder)
     with lg.reading(folder, "a run of train.py"):
         step, seconds = saved["step"], saved["seconds"]
-        is_step = type(step) is int and 0 < step <= settings["steps"]
-        assert is_step and 0 <= seconds < 1e9, f"it claims to be at step {step} after {seconds} seconds"
         model.load_state_dict(saved["model"])
-        if step < settings["steps"]:  # a finished run, perhaps of another device, needs its weights alone
-            # a step of length 0 makes the moments of the optimizer, which are then filled
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            fill(optimizer.state_dict()["state"], saved["optimizer"]["state"], "moments")
-            carried.load_state_dict(saved["ranks"][rank()], step)
-    return step, float(seconds)
+        if step == run["settings"]["steps"]:  # perhaps of another device or more ranks, and only looked at
+            return step, seconds
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["optimizer"]["state"]))
+        for weight_name, weight in model.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                x = optimizer.state[weight][moment]
+                assert x.shape == weight.shape and x.isfinite().all(), f"{moment} of {weight_name} is damaged"
+        carried.load_state_dict(saved["ranks"][RANK], model.lm_head.weight.device)
+    return step, seconds
 
 
-# ---- 5. The base, post-training, main ----
+# ---- 5. What a run is: its settings, its model, its text, the weights it starts from, and its source ----
+
+# settings that only name what is known by its checksum, and those of the model that change no result
+NAMES_ONLY = ("tokenizer", "data", "init", "backend", "recompute")
+START = "base"  # in made_from, the weights before the first step
+VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 
-def set_missing(args, **values):
-    """Give these values to the arguments that the command line leaves open."""
-    for name, value in values.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+def describe_run(s, model, corpus):
+    """What makes a run this run, before its first step: two dictionaries of settings, one of checksums."""
+    task, _, _ = lg.TASKS[s.task]
+    intervention, _ = lg.INTERVENTIONS[s.intervention]
+    made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task, intervention)
+    made_from["text"] = corpus.checksum
+    made_from[START] = checksum(model)
+    return dict(settings=vars(s), config=asdict(model.config), made_from=made_from)
+
+
+def check_same_run(saved, run, folder):
+    """Raise ValueError, naming what differs, unless a checkpoint is of this very run."""
+    differs = []
+    for kind in ("settings", "config"):
+        for key, value in run[kind].items():
+            found = saved[kind].get(key)
+            if found != value and key not in NAMES_ONLY:
+                differs.append(f"with {key} {found!r}, not {value!r}")
+    for key, value in run["made_from"].items():
+        if saved["made_from"].get(key) != value:
+            differs.append(f"made by another {key}")
+    if differs:
+        advice = "remove the folder, choose another --out, or start from it with --init"
+        raise ValueError(f"{folder} holds a run {', '.join(differs)}: {advice}")
+
+
+# the code of every run, and of every model; each run has also a layer, a task and an intervention
+TRAINING = (train, Carried, learning_rate, make_optimizer)
+MODEL = (lg.LanguageModel.__init__, lg.LanguageModel.forward, *kernels.BACKENDS.values())
+
+
+def checksum(model):
+    """A number that tells the weights of a model from others."""
+    crc = 0
+    for weight in model.parameters():
+        crc = zlib.crc32(weight.detach().cpu().contiguous().numpy(), crc)
+    return crc
+
+
+def sources(*roots, modules=("kernels", "lengthgen")):
+    """{name: checksum of the source} of functions and classes, and of all that they use of some modules."""
+    found = {}
+    waiting = list(roots)
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, functools.partial):
+            found["arguments"] = zlib.crc32(repr((part.args, part.keywords)).encode())
+            part = part.func
+        if part.__qualname__ in found:
+            continue
+        source = source_of(part)
+        found[part.__qualname__] = zlib.crc32(source.encode())
+
+        # the names in it, alone or behind the name of a module, and what they stand for
+        namespace = vars(sys.modules[part.__module__])
+        for node in ast.walk(parse(source)):
+            used = None
+            if isinstance(node, ast.Name):
+                used = namespace.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = getattr(namespace.get(node.value.id), node.attr, None)
+            used = getattr(used, "fn", used)  # of a Triton kernel
+            if isinstance(used, (int, float, str)):
+                found[getattr(node, "id", None) or node.attr] = zlib.crc32(repr(used).encode())
+            elif (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ in modules:
+                waiting.append(used)
+    return found
+
+
+@functools.cache
+def source_of(part):
+    """The source of a function or a class as it was when it was first asked for."""
+    return inspect.getsource(part)
+
+
+def parse(source):
+    """The syntax tree of a source; an empty one for a lambda, whose source is a piece of a statement."""
+    try:
+        return ast.parse(textwrap.dedent(source))
+    except SyntaxError:
+        return ast.parse("")
+
+
+# ---- 6. Measuring, the table and the picture ----
+
+
+def measured(folder, measure, model, corpus, T, task):
+    """measure(model, corpus, T, task), from its file in the folder if it was made from all the same.
+
+    A measurement is a dictionary: xlabel, ylabel, the places x, and panels, {title: values at these places}.
+    """
+    function, _, _ = lg.TASKS[task]
+    modules = ("kernels", "lengthgen", measure.__module__)
+    made_from = sources(measure, function, *MODEL, lg.LAYERS[model.config.layer], modules=modules)
+    made_from.update(weights=checksum(model), text=corpus.checksum, T=T, task=task)
+    file = Path(folder, f"{measure.__name__}.json")
+    if file.exists():
+        with lg.reading(file, "a measurement, remove it"):
+            kept = json.loads(file.read_text())
+            if kept["made_from"] == made_from:
+                return kept["measured"]
+    print_once(f"  measuring {measure.__name__} of {folder} ...")
+    result = measure(model, corpus, T, task)
+    if RANK == 0:
+        kept = dict(measured=result, made_from=made_from, versions=VERSIONS)
+        lg.write_text(file, json.dumps(kept, indent=1))
+    return result
+
+
+def loss_by_position(model, corpus, T, task, B=None, windows=64):
+    """The loss by position of B streams of up to `windows` T. B None: fewer streams where T is long."""
+    if B is None:
+        B = max(16, min(256, 12800 // T))
+    panels = lg.position_wise(model, task, corpus, T, B, windows, progress=Progress())
+    x = panels.pop("x")
+    if x[-1] < windows:
+        print_once(f"the streams end at {x[-1]} T, not {windows} T: {len(corpus.val):,} tokens are held out")
+    return dict(xlabel="position (T)", ylabel="loss (nats per token)", x=x, panels=panels)
+
+
+class Progress:
+    """Called with the share that is done: prints it and the time left every ten seconds."""
+
+    def __init__(self):
+        self.started = self.printed = time.time()
+
+    def __call__(self, done):
+        if time.time() - self.printed > 10:
+            self.printed = time.time()
+            left = (self.printed - self.started) * (1 - done) / done
+            print_once(f"  {done:4.0%}  {clock(left)} left")
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+STYLES = {  # label of a run: its name, a colour that colour-blind people tell apart (Okabe & Ito), its line
+    "base": ("base", "#D55E00", "-"),
+    "zero": ("control", "#999999", "-"),
+    "random_noise": ("random noise", "#E69F00", "--"),
+    "fitted_noise": ("fitted noise", "#56B4E9", "--"),
+    "tbtt": ("TBTT", "#009E73", "--"),
+    "state_passing": ("state passing", "#0072B2", "--"),
+    "state_passing-scan": ("state passing, scan alone", "#0072B2", ":"),
+}
+
+
+def style_of(label):
+    """The name of a run in tables and legends, its colour (None: matplotlib's next one) and its line."""
+    return STYLES.get(label, (label.replace("_", " "), None, "--"))
+
+
+def panels_of(found, seeds=1):
+    """The panels of a picture and of the table. found: {label of a run: its measurements, one per seed}
+
+    A panel has a title, labels of the axes, how many seeds were asked for, and curves: {label: (places x,
+    values (seeds, n))}.
+    """
+    panels = {}  # by title
+    for label, measurements in found.items():
+        first = measurements[0]
+        axes = dict(xlabel=first["xlabel"], ylabel=first["ylabel"])
+        for title in first["panels"]:
+            values = [measurement["panels"][title] for measurement in measurements]
+            panel = panels.setdefault(title, dict(title=title, **axes, seeds=seeds, curves={}))
+            panel["curves"][label] = (first["x"], values)
+    return list(panels.values())
+
+
+def name_of(label, panel):
+    """The name of a curve in tables and legends; says how many seeds it has where these are not all."""
+    name, _, _ = style_of(label)
+    _, values = panel["curves"][label]
+    if len(values) < panel["seeds"]:
+        name += f" ({len(values)} of {panel['seeds']} seeds)"
+    return name
+
+
+def print_table(panels):
+    """Print every number that the panels draw: the mean over seeds, and highest minus lowest."""
+    for panel in panels:
+        x, _ = next(iter(panel["curves"].values()))
+        print(f"\n{panel['title']}: {panel['ylabel']} by {panel['xlabel']}")
+        print_row("", x, ".3g")
+        for label, (_, values) in panel["curves"].items():
+            print_row(name_of(label, panel), np.mean(values, 0), ".3f")
+            if len(values) > 1:
+                print_row("  highest - lowest", np.ptp(values, 0), ".3f")
+
+
+def print_row(first, values, form):
+    print(f"{first:25} " + "".join(f"{value:7{form}}" for value in values), flush=True)
+
+
+def print_verdict(panels):
+    """Say for each curve of loss against position whether it holds past T, if it goes beyond."""
+    print()
+    for panel in panels:
+        for label, (x, values) in panel["curves"].items():
+            if x[-1] <= 1:
+                continue
+            loss = np.mean(values, 0)
+            inside = loss[x.index(1)]
+            worst = np.nanmax(loss[x.index(1) + 1 :]) - inside
+            if worst < 0.1:
+                verdict = f"holds to {x[-1]:g} T"
+            elif worst < 0.5:
+                verdict = "gets worse past T"
+            else:
+                verdict = "breaks past T"
+            losses = f"{panel['title']} loss {inside:.2f} in T, at worst {worst:+.2f} beyond"
+            print(f"{name_of(label, panel)}: {losses}: {verdict}")
+
+
+def draw(panels, path, title):
+    """Draw panels side by side into one PNG: the mean over seeds, shaded from the lowest to the highest.
+
+    The legend at the right names every curve of the picture once.
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * rows), layout="constrained")
+    lines = {}  # the curves by name
+    for i, panel in enumerate(panels):
+        axis = figure.add_subplot(rows, columns, i + 1)
+        for label, (x, values) in panel["curves"].items():
+            # a curve has the same colour in all panels
+            name = name_of(label, panel)
+            _, colour, style = style_of(label)
+            if name in lines:
+                colour = lines[name].get_color()
+            colour = colour or f"C{len(lines)}"
+            (lines[name],) = axis.plot(x, np.mean(values, 0), style, color=colour, marker=".")
+            lowest, highest = np.min(values, 0), np.max(values, 0)
+            axis.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+
+        # places in multiples of T are drawn on a logarithmic axis, with a dotted line at T
+        if "(T)" in panel["xlabel"]:
+            axis.axvline(1, linestyle=":", color="black", linewidth=1)
+            axis.text(1, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
+            axis.set_xscale("log", base=4)
+            axis.xaxis.set_major_formatter("{x:.3g}")
+        axis.set_title(panel["title"], fontsize=10)
+        axis.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"])
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.grid(alpha=0.3)
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    # white, which reads on light and dark pages alike
+    lg.write_atomically(path, functools.partial(figure.savefig, dpi=150, format="png", facecolor="white"))
+
+
+def report(found, path, title):
+    """The table, the verdict and the picture of losses by position. found: {label: a measurement}"""
+    panels = panels_of({label: [measurement] for label, measurement in found.items()})
+    print_table(panels)
+    print_verdict(panels)
+    draw(panels, path, title)
+    print(f"picture: {path}")
+
+
+# ---- 7. The base, the cure, main ----
+
+
+def run_folder(out, model, task, label, seed):
+    """The folder of a run. label: "base", or the intervention, with "-scan" for --carry scan."""
+    return os.path.join(out, f"{model}-{task}-{label}-s{seed}")
 
 
 def fill_in(args, init):
-    """Fill in what the command line leaves open, from the checkpoint of --init, then from the recipes."""
-    args.large = False
+    """Fill in model, task, T and tokenizer where the command line leaves them open."""
     if init:
         layer = init["config"]["layer"]
         if args.model not in (None, layer):
             raise ValueError(f"{args.init} is a {layer}, no {args.model}: leave --model out")
-        settings = init["settings"]
-        args.model = settings.get("model", layer)  # its name in the folders of runs
-        set_missing(args, task=settings["task"], T=settings["T"], tokenizer=settings.get("tokenizer"))
-        sizes = {x.data_ptr(): x.numel() for x in init["model"].values()}  # tied weights are in one place
-        args.large = sum(sizes.values()) > LARGE
-    set_missing(args, model="mamba2", task="echo", tokenizer="bytes")
-    set_missing(args, T=lg.TASKS[args.task][1])
-
-    args.pretrain = PRETRAIN_MIXED if args.task == "mixed" else PRETRAIN
-    if not args.intervention:  # the command line is about the base alone
-        set_missing(args, **args.pretrain)
-    set_missing(args, **(POSTTRAIN_LARGE if args.large else POSTTRAIN))  # of the base: the batch alone
-    step_of_one = args.batch * args.T * int(os.environ.get("WORLD_SIZE", 1))  # tokens without accumulation
-    set_missing(args, accumulate=math.ceil(TOKENS_LARGE / step_of_one) if args.large else 1)
+        args.model = init["settings"].get("model", layer)  # its name in the folders of runs
+        args.task = args.task or init["settings"]["task"]
+        args.T = args.T or init["settings"]["T"]
+        args.tokenizer = args.tokenizer or init["settings"]["tokenizer"]
+    args.model = args.model or "mamba2"
+    args.task = args.task or "echo"
+    args.T = args.T or lg.TASKS[args.task][1]
+    args.tokenizer = args.tokenizer or "bytes"
 
 
-def get_base(args, init, folder, corpus, settings, device):
-    """The base model: of --init, or of a finished run in the folder, or trained there from zero states."""
-    settings = settings | dict(intervention="zero", carry="full", zero_prob=0.0, noise_std=0.0)
-    keys = ["task", "T", "data"]  # settings that a finished base must share
-    if args.intervention:  # then steps, lr and hold of the arguments are those of post-training
-        settings |= args.pretrain
-    else:
-        keys += ["steps", "lr", "batch", "accumulate"]
-    checkpoint = init or ev.finished(folder)
-    if checkpoint is None:
-        print_once(f"base: none in {folder}, so it is trained first, from zero states")
-        torch.manual_seed(args.seed)
-        config = lg.ModelConfig(layer=args.model, vocab_size=corpus.vocab_size, **TINY_MODELS[args.model])
-        model = lg.LanguageModel(config).to(device)
-        with alone_in(folder) as signals:
-            train(model, corpus, settings, folder, device, signals)
-        return model
-
-    name = args.init or folder
-    if not init:
-        check_settings(checkpoint, {key: settings[key] for key in keys}, folder)
-    model = lg.model_from_checkpoint(checkpoint).to(device)
-    ev.check_vocabulary(model, corpus, name)
-    print_once(f"base: {name}")
-    if args.large:
-        model.config.recompute = True
-        print_once("memory: each layer is computed again in the backward pass, its activations would not fit")
-    return model
+def settings_of(args, corpus, recipe, options):
+    """The settings of a run: the defaults, the recipe, and what the command line says of some options."""
+    settings = argparse.Namespace(
+        **DEFAULTS, **RECIPES[recipe], ranks=RANKS, init=args.init, data=corpus.name
+    )
+    for option in (*SHARED, *options):
+        if getattr(args, option) is not None:
+            setattr(settings, option, getattr(args, option))
+    return settings
 
 
-def check_settings(checkpoint, settings, folder):
-    """Raise ValueError unless a checkpoint has these settings: its folder is not written over."""
-    for key, value in settings.items():
-        found = checkpoint["settings"].get(key)
-        if found != value:
-            held = f"{folder} holds a run with {key} {found!r}, not {value!r}"
-            raise ValueError(f"{held}: choose another --out or remove it")
-
-
-def measure(model, args, corpus):
-    """The loss by position of a model, on fewer streams where they are longer."""
-    B = max(16, min(256, 12800 // args.T))
-    return lg.position_wise(model, args.task, corpus, args.T, B, progress=ev.Progress())
+def check_vocabulary(model, corpus, init):
+    """Raise ValueError if the model was trained with another tokenizer than the corpus was read with."""
+    known = model.config.vocab_size
+    if not 0 <= known - corpus.vocab_size < 128:  # transformers counts the padding of a vocabulary as words
+        counts = f"{init} knows {known} tokens, the corpus has {corpus.vocab_size}"
+        raise ValueError(f"{counts}: choose the --tokenizer that it was trained with")
 
 
 def main(argv=None):
@@ -438,37 +735,56 @@ def main(argv=None):
     args = parse_arguments(argv)
     init = lg.load_checkpoint(args.init) if args.init else None
     fill_in(args, init)
+    make_folder(args.out)
     vocab_size = init["config"]["vocab_size"] if init else None
     corpus = lg.load_corpus(args.data, args.tokenizer, vocab_size)
     for split in ("train", "val"):  # a text that is too short, or a T that does not fit, is found out here
-        lg.TASKS[args.task][0](lg.Rows(corpus, split, 1, True, 0), args.T)
-    ev.make_folder(args.out)
-    device = ev.choose_device(args.device)
+        lg.TASKS[args.task][0](lg.Rows(corpus, split, B=1, continues=True, seed=0), args.T)
     counts = f"{len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out"
     print_once(f"corpus: {corpus.name}, {counts}")
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings.update(data=corpus.name, ranks=start_ranks(device))
+    device = choose_device(args.device)
 
-    # the base, from zero states
-    folder = ev.run_folder(args.out, args.model, args.task, "base", args.seed)
-    model = get_base(args, init, folder, corpus, settings, device)
-    results = {"base": measure(model, args, corpus)}
+    label = args.intervention or "base"
+    if args.carry == "scan":
+        label += "-scan"
+    folder = run_folder(args.out, args.model, args.task, label, args.seed)
 
-    # the intervention
+    # the base: of --init, or made by its recipe from zero states
+    if init:
+        model = lg.model_from_checkpoint(init).to(device)
+        check_vocabulary(model, corpus, args.init)
+        print_once(f"base: {args.init}")
+        measured_in = os.path.join(folder, "init")  # because its own folder may be of another library
+        losses = measured(measured_in, loss_by_position, model, corpus, args.T, args.task)
+    else:
+        recipe = "base of mixed" if args.task == "mixed" else "base"
+        own = () if args.intervention else OWN  # given with a cure, steps, lr and so on are the cure's
+        base_folder = run_folder(args.out, args.model, args.task, "base", args.seed)
+        torch.manual_seed(args.seed)
+        config = lg.ModelConfig(layer=args.model, vocab_size=corpus.vocab_size, **TINY_MODELS[args.model])
+        model = lg.LanguageModel(config).to(device)
+        print_once(f"base: {base_folder}, trained from zero states where it is not finished")
+        losses = run(args, settings_of(args, corpus, recipe, own), model, corpus, base_folder, device)
+    found = {"base": losses}
+
+    # the cure
     if args.intervention:
-        settings["init"] = args.init or folder
-        label = f"{args.intervention}-scan" if args.carry == "scan" else args.intervention
-        folder = ev.run_folder(args.out, args.model, args.task, label, args.seed)
-        print_once(f"post-training: {', '.join(f'{name} {value}' for name, value in settings.items())}")
-        with alone_in(folder) as signals:
-            train(model, corpus, settings, folder, device, signals)
-        results[label] = measure(model, args, corpus)
+        size = sum(weight.numel() for weight in model.parameters())
+        settings = settings_of(args, corpus, "cure of a large model" if size > LARGE else "cure", OWN)
+        if size > LARGE:
+            model.config.recompute = True
+            print_once("memory: each layer is computed again in the backward pass, or it would not fit")
+            settings.accumulate = args.accumulate or math.ceil(
+                TOKENS_LARGE / (settings.batch * args.T * RANKS)
+            )
+        print_once(f"post-training: {', '.join(f'{name} {value}' for name, value in vars(settings).items())}")
+        found[label] = run(args, settings, model, corpus, folder, device)
 
     # the table, a verdict, the picture, and what to try next
-    if rank() == 0:
+    if RANK == 0:
         title = f"{args.model} on {args.task}, trained on T = {args.T} tokens"
-        ev.report(results, os.path.join(folder, "position_wise.png"), title)
-        print(f"{ev.clock(time.time() - started)} minutes in all")
+        report(found, os.path.join(folder, "position_wise.png"), title)
+        print(f"{clock(time.time() - started)} minutes in all")
         if not args.intervention:
             print("next: the same command with --intervention state_passing")
         elif args.init is None and args.task == "echo" and not args.data:
@@ -478,5 +794,30 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
+def run(args, settings, model, corpus, folder, device):
+    """Train the model where that is not finished, and measure it. Returns the losses by position."""
+    with alone_in(folder) as signals:
+        train(model, corpus, settings, folder, device, signals, args.compile)
+        return measured(folder, loss_by_position, model, corpus, args.T, args.task)
+
+
+def run_command(main):
+    """main(), with one sentence for what goes wrong: exit code 2 for bad input, 1 for a diverging loss."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal or file may not have every character
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+# All sources are read now, because the files may be edited while this process works with what they were
+sources(loss_by_position, *TRAINING, *MODEL, *lg.LAYERS.values(), modules=("kernels", "lengthgen", __name__))
+for function, *_ in (*lg.TASKS.values(), *lg.INTERVENTIONS.values()):
+    sources(function)
+
 if __name__ == "__main__":
-    ev.run_command(main)
+    run_command(main)
