@@ -268,7 +268,7 @@ def measure_run(folder, measure, corpus, device):
     # what the same command would make today, but for the weights that it would start from
     model = lg.model_from_checkpoint(checkpoint).to(device).eval()
     run = train.describe_run(s, model, corpus)
-    del run["made_from"][train.START]
+    del run["made_from"][train.BASE]
     if s.init is None:
         config = lg.ModelConfig(layer=s.model, vocab_size=corpus.vocab_size, **train.TINY_MODELS[s.model])
         run["config"] = asdict(config)
@@ -399,19 +399,13 @@ GIVEN = {"poswise": given_poswise, "babilong": given_babilong, "sample": sample}
 def parse_arguments(argv):
     p = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="*", help=f"reproduce, sample, or some of {', '.join(FIGURES)} (all)")
-    p.add_argument("--out", type=train.not_empty, default="runs", help="folder of the runs")
+    p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--model", default="mamba2", choices=train.TINY_MODELS, help="architecture of the runs")
-    p.add_argument(
-        "--seeds", type=train.between(int, 1, 10**7), default=1, help="how many: 3 stands for 0, 1 and 2"
-    )
+    p.add_argument("--seeds", type=train.positive, default=1, help="how many: 3 stands for 0, 1 and 2")
     p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
-    p.add_argument(
-        "--init", type=train.not_empty, metavar="RUN", help="poswise, babilong, sample: of this checkpoint"
-    )
+    p.add_argument("--init", metavar="RUN", help="poswise, babilong, sample: of this checkpoint")
     p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (the task of its run)")
-    p.add_argument(
-        "--T", type=train.between(int, 1, 10**7), help="with --init: its training length (that of its run)"
-    )
+    p.add_argument("--T", type=train.positive, help="with --init: its training length (that of its run)")
     p.add_argument(
         "--data",
         nargs="+",
@@ -419,20 +413,11 @@ def parse_arguments(argv):
         metavar="PATH",
         help="with --init: text, or published BABILong files",
     )
-    p.add_argument("--tokenizer", type=train.not_empty, help="with --init: as in train.py (that of its run)")
-    p.add_argument(
-        "--windows",
-        type=train.between(int, 1, 10**7),
-        default=64,
-        help="with --init: length of streams, in T",
-    )
-    p.add_argument(
-        "--rows", type=train.between(int, 1, 10**7), help="with --init: how many streams, questions"
-    )
+    p.add_argument("--tokenizer", help="with --init: as in train.py (that of its run)")
+    p.add_argument("--windows", type=train.positive, default=64, help="with --init: length of streams, in T")
+    p.add_argument("--rows", type=train.positive, help="with --init: how many streams, questions")
     p.add_argument("--prompt", default="import os\n", help="sample: what comes first")
-    p.add_argument(
-        "--tokens", type=train.between(int, 1, 10**7), default=400, help="sample: how many to write"
-    )
+    p.add_argument("--tokens", type=train.positive, default=400, help="sample: how many to write")
     p.add_argument(
         "--temperature",
         type=train.between(float, 0, 1e6),
@@ -459,7 +444,6 @@ def main(argv=None):
     """Run one command line of eval.py; ValueError if it is wrong."""
     args = parse_arguments(argv)
     started = time.time()
-    train.make_folder(args.out)
     device = train.choose_device(args.device)
 
     # one given checkpoint

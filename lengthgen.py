@@ -469,8 +469,8 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
 
     # without its inputs the convolution starts from zeros
     if carry == "scan":
-        zero_state = map_state(torch.zeros_like, state)
-        state = [LayerState(zero.conv, layer.scan) for zero, layer in zip(zero_state, state, strict=True)]
+        zeros = map_state(torch.zeros_like, state)
+        state = [LayerState(empty.conv, layer.scan) for empty, layer in zip(zeros, state, strict=True)]
 
     # some rows start from zeros all the same, in all layers
     if zero_prob > 0:
@@ -1542,6 +1542,6 @@ def write_atomically(path, write):
         raise ValueError(f"{path} cannot be written: {error}") from None
 
 
-def write_text(path, text):
+def write_text(path, content):
     """Write a file of text as write_atomically does."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(content.encode()))

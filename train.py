@@ -65,55 +65,6 @@ SAVE_EVERY = 100  # steps
 
 # ---- 2. Arguments ----
 
-SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings of a base that its cures share
-OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch", "accumulate")
-
-
-def parse_arguments(argv):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--intervention", choices=lg.INTERVENTIONS, help="the cure (none: train the base alone)")
-    p.add_argument("--model", choices=TINY_MODELS, help="architecture of a new base (mamba2)")
-    p.add_argument("--task", choices=lg.TASKS, help="what to train on (echo, or the task of --init)")
-    p.add_argument("--data", nargs="+", type=not_empty, metavar="PATH", help=DATA_HELP)
-    p.add_argument(
-        "--tokenizer", type=not_empty, help="bytes, a tiktoken name, a tokenizer.json (that of --init)"
-    )
-    p.add_argument("--T", type=between(int, 1, 10**7), help="training length in tokens (that of the task)")
-    p.add_argument(
-        "--init", type=not_empty, metavar="NAME", help="start from a run, or a checkpoint of disk or hub"
-    )
-    p.add_argument("--steps", type=between(int, 1, 10**8), help="optimizer steps (base 1400, cure 500)")
-    p.add_argument(
-        "--lr", type=between(float, 0, 1), help="peak learning rate (3e-3; cure 1e-3, official 5e-5)"
-    )
-    p.add_argument(
-        "--batch", type=between(int, 1, 10**6), help="rows of a micro-batch, per rank (64; official 8)"
-    )
-    p.add_argument(
-        "--accumulate", type=between(int, 1, 10**6), help="micro-batches of a step (1; official: many)"
-    )
-    p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
-    p.add_argument(
-        "--zero-prob", type=between(float, 0, 1), help="share of rows from zeros (0.5; official 0)"
-    )
-    p.add_argument("--noise-std", type=between(float, 0, 1e6), help="standard deviation of random_noise (1)")
-    p.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0)
-    p.add_argument("--out", type=not_empty, default="runs", help="folder of the runs")
-    p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
-    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
-    args = p.parse_args(argv)
-
-    # what would be ignored is refused
-    if args.init and not args.intervention:
-        raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
-    for option in ("carry", "zero_prob", "noise_std"):
-        if not args.intervention and getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} needs an --intervention, the base has none")
-    return args
-
-
-DATA_HELP = 'text, .jsonl with a "text", or a .bin of tokens (the standard library)'
-
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are exceptions, as all other errors of the command line."""
@@ -135,11 +86,42 @@ def between(kind, lowest, highest):
     return parse
 
 
-def not_empty(text):
-    """A type of arguments: a text that is not empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: give a name, or leave it out")
-    return text
+positive = between(int, 1, 10**8)
+share = between(float, 0, 1)
+
+SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings of a base that its cures share
+OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch", "accumulate")
+
+
+def parse_arguments(argv):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--intervention", choices=lg.INTERVENTIONS, help="the cure (none: train the base alone)")
+    p.add_argument("--model", choices=TINY_MODELS, help="architecture of a new base (mamba2)")
+    p.add_argument("--task", choices=lg.TASKS, help="what to train on (echo, or the task of --init)")
+    p.add_argument("--data", nargs="+", metavar="PATH", help="text, .jsonl or .bin (the standard library)")
+    p.add_argument("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json (bytes, or as --init)")
+    p.add_argument("--T", type=positive, help="training length in tokens (that of the task, or of --init)")
+    p.add_argument("--init", metavar="NAME", help="start from this run, or a checkpoint on disk or the hub")
+    p.add_argument("--steps", type=positive, help="optimizer steps (base 1400, of mixed 1840; then 500)")
+    p.add_argument("--lr", type=share, help="peak (base 3e-3, of mixed 5e-3; then 1e-3; official 5e-5)")
+    p.add_argument("--batch", type=positive, help="rows of a micro-batch on each rank (64; official sizes 8)")
+    p.add_argument("--accumulate", type=positive, help="micro-batches of a step (1; official: 0.5M tokens)")
+    p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
+    p.add_argument("--zero-prob", type=share, help="share of rows from zeros (0.5; official sizes 0)")
+    p.add_argument("--noise-std", type=between(float, 0, 1e6), help="standard deviation of random_noise (1)")
+    p.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0, help="of weights, text and noise")
+    p.add_argument("--out", default="runs", help="folder of the runs")
+    p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
+    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
+    args = p.parse_args(argv)
+
+    # what would be ignored is refused
+    if args.init is not None and not args.intervention:
+        raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
+    for option in ("carry", "zero_prob", "noise_std"):
+        if not args.intervention and getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} needs an --intervention, the base has none")
+    return args
 
 
 # ---- 3. Device, schedule, optimizer ----
@@ -375,16 +357,6 @@ def alone_in(folder):
         lock.release()
 
 
-def make_folder(path):
-    """Create a folder; ValueError if it cannot be written to, before anything long starts."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        Path(path, "test").touch()
-        Path(path, "test").unlink()
-    except OSError as error:
-        raise ValueError(f"the folder {path!r} cannot be written to: {error}") from None
-
-
 def save_run(folder, run, model, optimizer, carried, step, seconds):
     """Write, in one step, everything that a run of one or several ranks needs to go on."""
     this_rank = carried.state_dict()
@@ -416,21 +388,27 @@ def load_run(folder, run, model, optimizer, carried):
     return step, seconds
 
 
-# ---- 5. What a run is: its settings, its model, its text, the weights it starts from, and its source ----
+# ---- 5. What a run is ----
+# A run is its settings, the sizes of its model, its text, the weights that it starts from, and the source of
+# what it runs. A folder is gone on from, or taken as finished, only where all of these are the same.
 
-# settings that only name what is known by its checksum, and those of the model that change no result
-NAMES_ONLY = ("tokenizer", "data", "init", "backend", "recompute")
-START = "base"  # in made_from, the weights before the first step
+# what only names what a checksum tells better, and what changes no result
+NOT_COMPARED = ("tokenizer", "data", "init", "backend", "recompute", "RANK", "INTERPRETED", "SAVE_EVERY")
+BASE = "base"  # in made_from, the weights that a run starts from
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+
+# the code of all runs, and of all models; a run has also a task, an intervention and a layer
+TRAINING = (train, Carried, learning_rate, make_optimizer)
+MODEL = (lg.LanguageModel.__init__, lg.LanguageModel.forward, *kernels.BACKENDS.values())
 
 
 def describe_run(s, model, corpus):
-    """What makes a run this run, before its first step: two dictionaries of settings, one of checksums."""
+    """What makes a run this run, before its first step: settings, config, and checksums of the rest."""
     task, _, _ = lg.TASKS[s.task]
     intervention, _ = lg.INTERVENTIONS[s.intervention]
     made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task, intervention)
     made_from["text"] = corpus.checksum
-    made_from[START] = checksum(model)
+    made_from[BASE] = checksum(model)
     return dict(settings=vars(s), config=asdict(model.config), made_from=made_from)
 
 
@@ -440,19 +418,14 @@ def check_same_run(saved, run, folder):
     for kind in ("settings", "config"):
         for key, value in run[kind].items():
             found = saved[kind].get(key)
-            if found != value and key not in NAMES_ONLY:
+            if found != value and key not in NOT_COMPARED:
                 differs.append(f"with {key} {found!r}, not {value!r}")
     for key, value in run["made_from"].items():
-        if saved["made_from"].get(key) != value:
+        if saved["made_from"].get(key) != value and key not in NOT_COMPARED:
             differs.append(f"made by another {key}")
     if differs:
         advice = "remove the folder, choose another --out, or start from it with --init"
         raise ValueError(f"{folder} holds a run {', '.join(differs)}: {advice}")
-
-
-# the code of every run, and of every model; each run has also a layer, a task and an intervention
-TRAINING = (train, Carried, learning_rate, make_optimizer)
-MODEL = (lg.LanguageModel.__init__, lg.LanguageModel.forward, *kernels.BACKENDS.values())
 
 
 def checksum(model):
@@ -464,7 +437,7 @@ def checksum(model):
 
 
 def sources(*roots, modules=("kernels", "lengthgen")):
-    """{name: checksum of the source} of functions and classes, and of all that they use of some modules."""
+    """{name: checksum} of the source of functions and classes, and of all in some modules that they use."""
     found = {}
     waiting = list(roots)
     while waiting:
@@ -476,20 +449,24 @@ def sources(*roots, modules=("kernels", "lengthgen")):
             continue
         source = source_of(part)
         found[part.__qualname__] = zlib.crc32(source.encode())
+        try:
+            tree = ast.parse(textwrap.dedent(source))
+        except SyntaxError:  # of a lambda, whose source is a piece of a statement
+            continue
 
-        # the names in it, alone or behind the name of a module, and what they stand for
+        # what the names in it stand for, alone or behind the name of a module
         namespace = vars(sys.modules[part.__module__])
-        for node in ast.walk(parse(source)):
+        for node in ast.walk(tree):
             used = None
             if isinstance(node, ast.Name):
                 used = namespace.get(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 used = getattr(namespace.get(node.value.id), node.attr, None)
-            used = getattr(used, "fn", used)  # of a Triton kernel
-            if isinstance(used, (int, float, str)):
-                found[getattr(node, "id", None) or node.attr] = zlib.crc32(repr(used).encode())
-            elif (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ in modules:
+            used = getattr(used, "fn", used)  # the function of a Triton kernel
+            if (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ in modules:
                 waiting.append(used)
+            elif isinstance(used, (int, float, str, tuple)) and not hasattr(used, "_fields"):  # a constant
+                found[ast.unparse(node)] = zlib.crc32(repr(used).encode())
     return found
 
 
@@ -497,14 +474,6 @@ def sources(*roots, modules=("kernels", "lengthgen")):
 def source_of(part):
     """The source of a function or a class as it was when it was first asked for."""
     return inspect.getsource(part)
-
-
-def parse(source):
-    """The syntax tree of a source; an empty one for a lambda, whose source is a piece of a statement."""
-    try:
-        return ast.parse(textwrap.dedent(source))
-    except SyntaxError:
-        return ast.parse("")
 
 
 # ---- 6. Measuring, the table and the picture ----
@@ -733,9 +702,8 @@ def main(argv=None):
     """Run one command line of train.py; ValueError if it is wrong."""
     started = time.time()
     args = parse_arguments(argv)
-    init = lg.load_checkpoint(args.init) if args.init else None
+    init = None if args.init is None else lg.load_checkpoint(args.init)
     fill_in(args, init)
-    make_folder(args.out)
     vocab_size = init["config"]["vocab_size"] if init else None
     corpus = lg.load_corpus(args.data, args.tokenizer, vocab_size)
     for split in ("train", "val"):  # a text that is too short, or a T that does not fit, is found out here
