@@ -241,7 +241,7 @@ def train(model, corpus, s, folder, device, signals, compile=False):
     signals: a list that is empty until somebody asks to stop after the step in work, with a checkpoint
     """
     torch.manual_seed(s.seed)
-    task, _, _ = lg.TASKS[s.task]
+    task, _, _, share = lg.TASKS[s.task]
     intervention, _ = lg.INTERVENTIONS[s.intervention]
     if s.intervention == "random_noise":
         intervention = functools.partial(intervention, std=s.noise_std)
@@ -277,7 +277,7 @@ def train(model, corpus, s, folder, device, signals, compile=False):
             part = torch.from_numpy(part).to(device)
             with autocast:
                 logits, final_state = forward(tokens[:, :-1], carried.states[slot])
-            loss = lg.masked_loss(logits, tokens[:, 1:], part) / s.accumulate
+            loss = lg.masked_loss(logits, tokens[:, 1:], part, share) / s.accumulate
             loss.backward()
             step_loss += loss.detach()
 
@@ -404,9 +404,10 @@ MODEL = (lg.LanguageModel.__init__, lg.LanguageModel.forward, *kernels.BACKENDS.
 
 def describe_run(s, model, corpus):
     """What makes a run this run, before its first step: settings, config, and checksums of the rest."""
-    task, _, _ = lg.TASKS[s.task]
+    task, _, _, share = lg.TASKS[s.task]
     intervention, _ = lg.INTERVENTIONS[s.intervention]
     made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task, intervention)
+    made_from["share of the loss on all targets"] = share
     made_from["text"] = corpus.checksum
     made_from[BASE] = checksum(model)
     return dict(settings=vars(s), config=asdict(model.config), made_from=made_from)
@@ -484,7 +485,7 @@ def measured(folder, measure, model, corpus, T, task):
 
     A measurement is a dictionary: xlabel, ylabel, the places x, and panels, {title: values at these places}.
     """
-    function, _, _ = lg.TASKS[task]
+    function = lg.TASKS[task][0]
     modules = ("kernels", "lengthgen", measure.__module__)
     made_from = sources(measure, function, *MODEL, lg.LAYERS[model.config.layer], modules=modules)
     made_from.update(weights=checksum(model), text=corpus.checksum, T=T, task=task)
@@ -722,7 +723,8 @@ def main(argv=None):
         model = lg.model_from_checkpoint(init).to(device)
         check_vocabulary(model, corpus, args.init)
         print_once(f"base: {args.init}")
-        measured_in = os.path.join(folder, "init")  # because its own folder may be of another library
+        is_run = os.path.exists(os.path.join(args.init, lg.CHECKPOINT))
+        measured_in = args.init if is_run else os.path.join(folder, "init")
         losses = measured(measured_in, loss_by_position, model, corpus, args.T, args.task)
     else:
         recipe = "base of mixed" if args.task == "mixed" else "base"
