@@ -87,7 +87,9 @@ def between(kind, lowest, highest):
 
 
 positive = between(int, 1, 10**8)
+seed = between(int, 0, 2**32 - 1)
 share = between(float, 0, 1)
+not_negative = between(float, 0, 1e6)
 
 SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings of a base that its cures share
 OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch", "accumulate")
@@ -108,8 +110,8 @@ def parse_arguments(argv):
     p.add_argument("--accumulate", type=positive, help="micro-batches of a step (1; official: 0.5M tokens)")
     p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
     p.add_argument("--zero-prob", type=share, help="share of rows from zeros (0.5; official sizes 0)")
-    p.add_argument("--noise-std", type=between(float, 0, 1e6), help="standard deviation of random_noise (1)")
-    p.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=0, help="of weights, text and noise")
+    p.add_argument("--noise-std", type=not_negative, help="standard deviation of random_noise (1)")
+    p.add_argument("--seed", type=seed, default=0, help="of weights, text and noise")
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
