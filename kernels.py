@@ -1,6 +1,6 @@
 """The one recurrence behind Mamba-2, GLA and Mamba-1: step by step, in chunks, and as one GPU kernel.
 
-    S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in (0, 1]
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
 
     B  batch       G  groups: head h reads q, k of group h*G//H       K  key size of a head (Mamba-2: d_state)
     T  length      H  heads      J  heads of a group, H/G             V  value size (Mamba-2: headdim)
@@ -8,7 +8,7 @@
 
     q, k    (B, T, G, K)                v  (B, T, H, V)
     log_a   (B, T, H)    one decay per head (Mamba-2), or
-            (B, T, H, K) one decay per key channel (GLA, Mamba-1); never positive
+            (B, T, H, K) one decay per key channel (GLA, Mamba-1); never positive, -inf forgets everything
     state   (B, H, K, V) the S that the first step starts from, never below float32; None means zeros
 
 Every scan returns o (B, T, H, V) in v's dtype and the final state (B, H, K, V). Gradients reach every
@@ -19,7 +19,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 try:
     import triton
@@ -27,51 +26,41 @@ try:
 except ImportError:  # Triton exists for Linux only; everything but triton_scan works without it
     triton = None
 
-
 # ---- 1. The shapes ----
-def check_inputs(q, k, v, log_a, state):
-    """Raise a ValueError that names the argument which does not fit. Returns B, T, G, H, K, V."""
-    if q.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"expected q (B, T, G, K), v (B, T, H, V), got {tuple(q.shape)}, {tuple(v.shape)}")
-    (B, T, G, K), (H, V) = q.shape, v.shape[2:]
-    if min(B, T, G, H, K, V) < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)} and v {tuple(v.shape)}, expected no size below 1")
-    if H % G:
-        raise ValueError(f"v has {H} heads, which {G} groups of q cannot share evenly")
 
-    table = [("q", q, [(B, T, G, K)]), ("k", k, [(B, T, G, K)]), ("v", v, [(B, T, H, V)])]
-    table.append(("log_a", log_a, [(B, T, H), (B, T, H, K)]))
-    if state is not None:
-        table.append(("state", state, [(B, H, K, V)]))
-    for name, x, shapes in table:
-        shape = tuple(x.shape)
-        if shape not in shapes:
-            raise ValueError(f"{name} has shape {shape}, expected {' or '.join(map(str, shapes))}")
-        if x.device != q.device:
-            raise ValueError(f"{name} {shape} is on {x.device}, expected {q.device} like q")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} {shape} is {x.dtype}, expected a floating-point dtype")
-        # log_a and state may have a dtype of their own: they are computed in float32 at least
-        if name in ("k", "v") and x.dtype != q.dtype:
-            raise ValueError(f"{name} {shape} is {x.dtype}, expected {q.dtype} like q")
-    # only on a CPU: a look at the values would make every call wait for the GPU
-    if log_a.device.type == "cpu" and not torch.compiler.is_compiling() and log_a.max() > 0:
-        reached = f"log_a {tuple(log_a.shape)} reaches {log_a.max():.3}"
-        raise ValueError(f"{reached}, expected no log decay above 0")
-    return B, T, G, H, K, V
+MIN_LOG_A = -30.0
+
+
+def check_inputs(q, k, v, log_a, state):
+    """Assert that the shapes fit. Returns log_a, cut off at MIN_LOG_A, and B, T, G, H, K, V.
+
+    A float cannot tell e^-30 of a state, beside what is written into it, from nothing. A stronger decay would
+    do harm: one huge term in a sum of log_a over a chunk rounds the others away, and -inf turns it into NaN.
+    """
+    B, T, G, K = q.shape
+    H, V = v.shape[2:]
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, log_a {tuple(log_a.shape)}"
+    assert k.shape == q.shape and v.shape[:2] == (B, T) and T > 0 and H % G == 0, shapes
+    assert log_a.shape in ((B, T, H), (B, T, H, K)), shapes
+    assert state is None or state.shape == (B, H, K, V), f"{shapes}, state {tuple(state.shape)}"
+    assert q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+    return log_a.clamp(min=MIN_LOG_A), B, T, G, H, K, V
 
 
 # ---- 2. The definition ----
+
+
 def recurrent_scan(q, k, v, log_a, state=None):
-    """The recurrence one step at a time: the oracle of every test. Shapes as at the top of this file."""
-    B, T, G, H, K, V = check_inputs(q, k, v, log_a, state)
+    """The recurrence, one step at a time: the oracle of every test. Shapes as at the top of this file."""
+    log_a, B, T, G, H, K, V = check_inputs(q, k, v, log_a, state)
+    # sums in float32, or in float64 if v is; every head gets the q and k of its group
     dtype = torch.promote_types(v.dtype, torch.float32)
     S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
-    q = q.to(dtype).repeat_interleave(H // G, dim=2)  # (B, T, H, K): every head gets the q of its group
+    q = q.to(dtype).repeat_interleave(H // G, dim=2)  # (B, T, H, K)
     k = k.to(dtype).repeat_interleave(H // G, dim=2)
     a = log_a.to(dtype).exp().reshape(B, T, H, -1, 1)  # (B, T, H, 1 or K, 1)
 
-    # unbind, not q[:, t]: the gradient of q[:, t] is a full-size tensor of zeros at every step
+    # the recurrence; unbind, because the gradient of q[:, t] would be a full-size tensor at every step
     o = []
     steps = zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), a.unbind(1), strict=True)
     for q_t, k_t, v_t, a_t in steps:
@@ -81,6 +70,8 @@ def recurrent_scan(q, k, v, log_a, state=None):
 
 
 # ---- 3. In chunks ----
+
+
 def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     """The same in matmuls over chunks of about `chunk` steps (SSD, Dao & Gu 2024, section 6). Any T >= 1.
 
@@ -89,15 +80,17 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         o_t = sum_{s <= t} e^(b_t - b_s) (q_t . k_s) v_s + e^(b_t) S^T q_t      inside the chunk + from before
         S'  = e^(b_L) S + sum_s e^(b_L - b_s) k_s v_s^T                         enters the next chunk
 
-    With a decay per key channel the factors e^(...) belong inside, to each product of q_t and k_s.
-    No exponent is positive, so nothing overflows at any decay. Shapes as at the top of this file.
+    With one decay per key channel, b_t is a vector, and each factor e^(...) belongs to the product of that
+    channel of q_t and k_s. No exponent is positive, so nothing overflows at any decay. Shapes as at the top
+    of this file.
     """
-    B, T, G, H, K, V = check_inputs(q, k, v, log_a, state)
+    log_a, B, T, G, H, K, V = check_inputs(q, k, v, log_a, state)
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
 
-    # Heads of a group share the matmuls of its q and k, unless every channel decays: then each is a group
+    # The heads of a group share the matmuls of its q and k. With one decay per key channel they cannot: then
+    # every head gets a q and k of its own
     per_channel = log_a.dim() == 4
     if per_channel and G < H:
         q = q.repeat_interleave(H // G, dim=2)
@@ -109,8 +102,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     if not per_channel:
         log_a = log_a.unflatten(2, (G, J))  # (B, T, G, J), else (B, T, G, K)
 
-    # 1. Cut T into n chunks of L steps. Equal chunks need the least padding, which goes in front: k = 0 and
-    #    log_a = 0 change no state, and every chunk ends in a real step
+    # 1. Cut T into n chunks of L steps. Steps of zeros are put in front of the first one to fill it up: k = 0
+    #    writes nothing and log_a = 0 forgets nothing
     L = math.ceil(T / math.ceil(T / chunk))
     if per_channel:
         L = 1 << (L - 1).bit_length()  # the next power of two, for decayed_scores
@@ -124,19 +117,19 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         chunks.append(x.unflatten(1, (n, L)).transpose(2, 3))
     q, k, v, log_a = chunks  # (B, n, G, L, K), the same, (B, n, G, L, J, V), (B, n, G, L, J or K)
     b = log_a.cumsum(3)
-    # b_L - b_s, with a constant 0 at s = L: a difference would leave rounding noise in the gradient of log_a
+    # b_L - b_s. At s = L it is a constant 0, because b_L - b_L would leave rounding errors in the gradient
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
-    # 2. The scores of the pairs inside a chunk; and what reads, what writes and what decays the state
-    if per_channel:  # q and k carry the decays of their channels
+    # 2. The decayed scores q_t . k_s inside a chunk; and q, k, v with the decays from and to the state
+    if per_channel:  # q and k take the decays, because these belong to their channels
         scores = decayed_scores(q, k, b)[:, :, :, None]  # (B, n, G, 1, L, L)
         q_reads = q * b.exp()
         k_writes = k * b_to_end.exp()
         v_writes = v
         state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, K, 1, 1)
-    else:  # v carries the decays of its heads, and so does o at the end
-        # pairs s > t get exponent 0 here, because e^(+large) would give inf * 0 = nan in the gradient, and
-        # score 0 in the line after
+    else:  # v takes the decays, and in step 4 the output, because q and k are shared by heads
+        # the first tril sets the exponent of pairs s > t to 0, because e^(+large) could give inf * 0 = NaN in
+        # the gradient; the second sets their score to 0
         b_row = b.transpose(3, 4)  # (B, n, G, J, L)
         decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
         scores = (q @ k.mT).tril()[:, :, :, None] * decay  # (B, n, G, J, L, L)
@@ -145,7 +138,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         v_writes = v * b_to_end.exp()[..., None]
         state_decay = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, J, 1)
 
-    # 3. From chunk to chunk: q reads the state that enters; then the state decays and takes in k v^T
+    # 3. From chunk to chunk: q reads the state that enters, then the state decays and takes in k v^T
     before = []
     steps = zip(q_reads.unbind(1), k_writes.unbind(1), v_writes.unbind(1), state_decay.unbind(1), strict=True)
     for q_i, k_i, v_i, decay_i in steps:
@@ -164,33 +157,33 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
 def decayed_scores(q, k, b):
     """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: q, k, b (..., L, K) -> (..., L, L).
 
-    e^(b_t - b_s) does not factor into e^(b_t) e^(-b_s): with strong decay the second overflows. But halve the
-    chunk, and halve the halves: every pair s < t is parted by exactly one midpoint m, the last step of a
-    first half, and neither exponent of e^(b_t - b_m) e^(b_m - b_s) is positive. So each level is one matmul
-    of its second halves with its first halves. L is a power of two.
+    e^(b_t - b_s) cannot be computed as e^(b_t) e^(-b_s): with strong decay e^(-b_s) overflows. Instead halve
+    the chunk, and halve the halves. Every pair s < t is parted by exactly one midpoint m, the last step of a
+    first half, and in e^(b_t - b_m) e^(b_m - b_s) neither exponent is positive. So each level is one matmul
+    of its second halves with its first halves. L is a power of two, here 8:
 
                s  0  1  2  3  4  5  6  7
-        t = 0     =                           =  s = t needs no decay
-            1     1  =                        1  parted by halves of 1 step,   m = 0, 2, 4, 6
-            2     2  2  =                     2  parted by halves of 2 steps,  m = 1, 5
-            3     2  2  1  =                  4  parted by halves of 4 steps,  m = 3
-            4     4  4  4  4  =
-            5     4  4  4  4  1  =
+        t = 0     =
+            1     1  =
+            2     2  2  =                     =  s = t, which needs no decay
+            3     2  2  1  =                  1  parted by halves of 1 step,   m = 0, 2, 4, 6
+            4     4  4  4  4  =               2  parted by halves of 2 steps,  m = 1, 5
+            5     4  4  4  4  1  =            4  parted by halves of 4 steps,  m = 3
             6     4  4  4  4  2  2  =
             7     4  4  4  4  2  2  1  =
     """
     L = q.shape[-2]
     scores = (q * k).sum(-1)[..., None, None]  # (..., L, 1, 1): the diagonal, as L blocks of one step
     for level in range(L.bit_length() - 1):
-        # every second half reads what the first half before it wrote
+        # cut the chunk into pairs of halves; every second half reads what the first half of its pair wrote
         half = 2**level
-        halves = (L // (2 * half), 2, half)  # pairs of them, first and second, steps
+        halves = (L // (2 * half), 2, half)  # pairs, first or second, steps
         b_first, b_second = b.unflatten(-2, halves).unbind(-3)  # (..., pairs, half, K)
         b_mid = b_first[..., -1:, :]  # (..., pairs, 1, K)
         q_second = q.unflatten(-2, halves)[..., 1, :, :] * (b_second - b_mid).exp()
         k_first = k.unflatten(-2, halves)[..., 0, :, :] * (b_mid - b_first).exp()
         lower = q_second @ k_first.mT  # (..., pairs, half, half)
-        # two blocks of the level before and these scores are the quarters of a block of this level
+        # a block of this level has two blocks of the level before on its diagonal, and these scores below it
         first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)  # (..., pairs, half, half)
         top = torch.cat([first, torch.zeros_like(first)], -1)
         scores = torch.cat([top, torch.cat([lower, second], -1)], -2)  # (..., pairs, 2 * half, 2 * half)
@@ -198,19 +191,19 @@ def decayed_scores(q, k, b):
 
 
 # ---- 4. The gradients: the same scan with its roles swapped ----
+
+
 class TritonScan(torch.autograd.Function):
-    """o and the final state. log_a is (B, T, heads, 1 or K), tile is [chunk, block, steps of a segment].
+    """o and the final state of inputs that triton_scan has padded; log_a is (B, T, H, 1 or K).
 
-    Here v and the state have H heads; triton_scan cuts a wide head into several, which share one log_a.
-
-    Let dO_t be the gradient that arrives at o_t, R_T the one that arrives at the final state, and dS_t all
-    that reaches S_t, from its own step and from the later ones. Differentiating the recurrence gives
+    Let dO_t be the gradient that arrives at o_t, R_T the gradient that arrives at the final state, and dS_t
+    the whole gradient of S_t, from its own step and from all later ones. Differentiating the recurrence gives
 
         dS_t = q_t dO_t^T + R_t        R_{t-1} = diag(a_t) dS_t        (R_0 is the initial state's gradient)
         dq_t = S_t dO_t        dk_t = dS_t v_t        dv_t = dS_t^T k_t
 
-    The first line is the recurrence again, in reverse time. The second line reads a state as o_t = S_t^T q_t
-    does. So one kernel, "add k v^T to a decaying state and read it with q", is launched in four roles:
+    The first line is the recurrence again, in reverse time. The second line reads a state in the way that
+    o_t = S_t^T q_t does. So one kernel, "add k v^T to a decaying state and read it with q", has four roles:
 
         role      q    k    v    starts from      time     decay    gives
         forward   q    k    v    S_0              forward  key      o, and S_T as its final state
@@ -218,70 +211,42 @@ class TritonScan(torch.autograd.Function):
         dk        v    dO   q    R_T transposed   reverse  value    dk
         dv        k    q    dO   R_T              reverse  key      dv, and R_0 as its final state
 
-    In the two roles with a transposed state K and V change places: the kernel's keys are the columns of S,
-    and a decay per key channel acts on the kernel's values. One decay per head, "scalar" in all four roles,
-    acts on all of S.
+    In the roles dq and dk the state is transposed, so one decay per key channel acts on what the kernel takes
+    for values. One decay per head acts on the whole state; its `decay` is "scalar" in all four roles.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, log_a, state, tile):
-        # b of every chunk, shared by all launches; in base 2, because GPUs compute 2^x and not e^x
+        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x
         T, chunk = q.shape[1], tile[0]
-        if T % chunk:
-            log_a = F.pad(log_a, (0, 0, 0, 0, 0, -T % chunk))
-        b = (log_a * math.log2(math.e)).unflatten(1, (-1, chunk)).cumsum(2)
-        b = b.flatten(1, 2)[:, :T].contiguous()  # (B, T, heads, 1 or K)
-
+        b = F.pad(log_a * math.log2(math.e), (0, 0, 0, 0, 0, -T % chunk))
+        b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         decay = "scalar" if b.shape[3] == 1 else "key"
-        enter = states_that_enter(k, v, b, state, tile, decay, reverse=False)
-        leave = state.new_empty(enter.shape)
-        o = torch.empty_like(v)
-        launch_kernel(q, k, v, b, enter, tile, decay, reverse=False, o=o, leave=leave)
-        ctx.save_for_backward(q, k, v, b, state)
+        o, final, _ = launch(q, k, v, b, state, tile, decay)
+        ctx.save_for_backward(q, k, v, b, state, final)
         ctx.tile = tile
-        return o, leave[:, -1]
+        return o, final
 
     @staticmethod
     def backward(ctx, do, dfinal):
-        q, k, v, b, state = ctx.saved_tensors
-        tile = ctx.tile
-        (B, T, H, _), K = v.shape, q.shape[3]
+        q, k, v, b, state, final = ctx.saved_tensors
         do = do.contiguous()
-        # what the decay acts on in S and R, and in S and R transposed
         decay, decay_mT = ("scalar", "scalar") if b.shape[3] == 1 else ("key", "value")
-        S = states_that_enter(k, v, b, state, tile, decay, reverse=False)  # (B, segments, H, K, V)
-        R = states_that_enter(q, do, b, dfinal, tile, decay, reverse=True)  # (B, segments, H, K, V)
+        dq, _, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_mT, x=q)
+        dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_mT, reverse=True, x=k)
+        dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay, reverse=True)
 
-        # dq, and the first half of d log a. d log a_t adds up all pairs of a k_s, s < t, with a q_u, u >= t
-        # (S_0 counts as a first k, R_T as a last q). From t + 1 to t it gains what q_t reads and loses what
-        # k_t writes:
-        #     d log a_t = d log a_{t+1} + q_t * dq_t - k_t * dk_t      (summed over K with one decay per head)
-        # dq and dk are taken here without the pair s = t, which is in neither sum: so nothing large cancels,
-        # and even a d log a of size 1e-13 is right to 1e-4. This launch stores q * dq in float32, with one
-        # decay per head summed over the keys of each program
-        dq = q.new_empty(B, T, H, K)
-        leave = state.new_empty(S.mT.shape)
-        qdq = b.new_empty((B, H, K // min(K, tile[1]), T) if decay == "scalar" else (B, T, H, K))
-        launch_kernel(do, v, k, b, S.mT, tile, decay_mT, reverse=False, o=dq, leave=leave, x=q, qdq=qdq)
-
-        # dk, and the second half: in reverse time this launch subtracts k * dk and sums. The sum starts from
-        # d log a_{e+1} = sum(S_e * R_e) after the last step e of a segment. This holds k_e * (R_e v_e), as
-        # does the k_e * dk_e that step e subtracts: both leave it out, so the dq launch leaves S_e without
-        # k_e v_e^T
-        dk = torch.empty_like(dq)
-        end_sum = (leave * R.mT).sum(3)  # (B, segments, H, K)
-        dlog_a = torch.empty_like(qdq)
-        sums = dict(qdq=qdq, end_sum=end_sum, dlog_a=dlog_a)
-        launch_kernel(v, do, q, b, R.mT, tile, decay_mT, reverse=True, o=dk, x=k, **sums)
+        # a_t stands between every k_s with s < t and every q_u with u >= t; R_T counts as a last q. So its
+        # gradient is all that is read from step t on, minus what was also written from step t on:
+        #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
+        # What step u itself writes and reads is in both sums. It would cancel but for its rounding error, so
+        # the kernel leaves it out of q * dq and of k * dk.
+        last = (final * dfinal).sum(-1)[:, None]  # (B, 1, H, K)
         if decay == "scalar":
-            dlog_a = dlog_a.sum(2).transpose(1, 2)[..., None]  # (B, T, H, 1)
-
-        # dv, and the initial state's gradient
-        dv = torch.empty_like(v)
-        dstate = state.new_empty(R.shape)
-        launch_kernel(k, q, do, b, R, tile, decay, reverse=True, o=dv, leave=dstate)
-        return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate[:, 0], None
+            last = last.sum(-1, keepdim=True)
+        dlog_a = (q_dq - k_dk).flip(1).cumsum(1).flip(1) + last
+        return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate, None
 
 
 def sum_heads(gradient, x):
@@ -290,31 +255,20 @@ def sum_heads(gradient, x):
 
 
 # ---- 5. The launch ----
-def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=None):
-    """The same as one fused GPU kernel that is its own gradient. Shapes as at the top of this file.
 
-    q, k, v are float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256. K and V
-    are padded to powers of two, 16 or more: with V = 1 (Mamba-1) v becomes as large as log_a. A program takes
-    `chunk` steps at a time and `block` value columns (powers of two, 16 or more), and `segments` of T run
-    side by side; None chooses. On a CPU the kernel runs only in Triton's interpreter. Raises ValueError for
-    what it cannot take, ImportError without Triton.
+
+def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, warps=None):
+    """The recurrence as one GPU kernel that also computes its gradients. Shapes as at the top of this file.
+
+    q, k, v are float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256. A program
+    takes `chunk` steps at a time and holds `block` columns of the state, powers of two of at least 16, in
+    `warps` warps of threads; None chooses. On a CPU the kernel runs only in Triton's interpreter.
     """
-    B, T, _, H, K, V = check_inputs(q, k, v, log_a, state)
-    if triton is None:
-        raise ImportError("triton_scan needs the triton package, which is not installed: use chunked_scan")
-    reason = reason_against_the_kernel(q)
-    if reason:
-        raise ValueError(f"{reason}: use chunked_scan")
-
-    # the largest tile that hardly spills registers on an H100
-    float32, per_channel = q.dtype == torch.float32, log_a.dim() == 4
-    if chunk is None:
-        chunk = 16 if float32 or per_channel else 64
-    if block is None:
-        block = 16 if float32 else 32 if per_channel or K > 128 else 64
-    for name, size in (("chunk", chunk), ("block", block)):
-        if size < 16 or size & (size - 1):
-            raise ValueError(f"{name} is {size}, expected a power of two of at least 16")
+    log_a, B, T, _, H, K, V = check_inputs(q, k, v, log_a, state)
+    assert triton is not None, "triton_scan needs the triton package: use chunked_scan"
+    assert q.dtype in KERNEL_DTYPES and K <= MAX_K, f"q is {q.dtype}, K {K}: use chunked_scan"
+    assert q.is_cuda or q.dtype != torch.bfloat16, "Triton's interpreter multiplies bfloat16 wrongly"
+    per_channel = log_a.dim() == 4
 
     # pad K and V to powers of two; V = 256 becomes two heads of 128 with the same q, k and log_a
     parts = triton.cdiv(V, 128)
@@ -324,39 +278,19 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, segments=Non
     v = pad_last(v, parts * V_padded).reshape(B, T, H * parts, V_padded)
     log_a = pad_last(log_a.float(), K_padded) if per_channel else log_a.float()[..., None]
     state = q.new_zeros(B, H, K, V, dtype=torch.float32) if state is None else state.float()
-    state = pad_last(pad_last(state, parts * V_padded).mT, K_padded).mT
+    state = F.pad(state, (0, parts * V_padded - V, 0, K_padded - K))
     state = state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)  # (B, H * parts, K_, V_)
 
-    # two programs per multiprocessor keep a GPU busy; fewer than three segments gain less than they cost
-    if segments is None:
-        segments = 1
-        if q.is_cuda:
-            programs = B * H * parts * max(1, V_padded // block)
-            wanted = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count // programs
-            if min(wanted, T // 1024) > 2:
-                segments = min(wanted, T // 1024)
-    if segments < 1:
-        raise ValueError(f"segments is {segments}, expected at least 1")
-    segment = triton.cdiv(triton.cdiv(T, chunk), segments) * chunk  # steps, in whole chunks
-
-    o, final = TritonScan.apply(q, k, v, log_a, state, [chunk, block, segment])
+    # run it, and undo the padding
+    best = choose_tile(q, v, per_channel)
+    tile = (chunk or best[0], block or best[1], warps or best[2])
+    o, final = TritonScan.apply(q, k, v, log_a, state, tile)
     final = final.unflatten(1, (H, parts)).transpose(2, 3).flatten(3)  # (B, H, K_padded, parts * V_padded)
     return o.reshape(B, T, H, parts * V_padded)[..., :V], final[:, :, :K, :V]
 
 
-def reason_against_the_kernel(q):
-    """Why triton_scan cannot take inputs like q (B, T, G, K), or None if it can."""
-    shape, K = tuple(q.shape), q.shape[3]
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"q {shape} is {q.dtype}, but the kernel takes float32, bfloat16 or float16"
-    if q.dtype == torch.bfloat16 and INTERPRETED:
-        return f"q {shape} is torch.bfloat16, which Triton's interpreter multiplies wrongly"
-    if K > 256:
-        return f"q {shape} has K = {K}, but the kernel has room for a state of K = 256"
-    if not q.is_cuda and not INTERPRETED:
-        return f"q {shape} is on {q.device}, but the kernel needs a GPU (or TRITON_INTERPRET=1)"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return f"q {shape} is on a GPU that is too old: the kernel needs compute capability 8.0"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_K = 256  # the registers of a GPU have no room for more
 
 
 def pad_last(x, size):
@@ -364,52 +298,43 @@ def pad_last(x, size):
     return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
-def states_that_enter(k, v, b, state, tile, decay, reverse):
-    """The states that enter the segments, (B, segments, H, K, V), when `state` enters the first in this time.
-
-    Few heads and a long sequence would leave a GPU idle, so T is cut into segments that run side by side. A
-    launch without output, for which any q will do, finds what each segment adds to a state of zeros; a short
-    loop chains them.
-    """
-    chunk, _, segment = tile
-    T = k.shape[1]
-    segments = triton.cdiv(T, segment)
-    if segments == 1:
-        return state[:, None]
-    enter = state[:, None].repeat(1, segments, 1, 1, 1)
-    added = torch.empty_like(enter)
-    any_q = k
-    launch_kernel(any_q, k, v, b, torch.zeros_like(enter), tile, decay, reverse, leave=added)
-
-    # b at the last step of each chunk; summed over a segment they are its log decay
-    chunk_ends = torch.arange(chunk, T + chunk, chunk, device=b.device).clamp(max=T) - 1
-    b_ends = b[:, chunk_ends].repeat_interleave(state.shape[1] // b.shape[2], 2)  # (B, chunks, H, 1 or K)
-    decays = b_ends.split(segment // chunk, dim=1)
-    for i in reversed(range(segments)) if reverse else range(segments):
-        enter[:, i] = state
-        segment_decay = decays[i].sum(1).exp2()[..., None]  # (B, H, 1 or K, 1)
-        state = torch.addcmul(added[:, i], segment_decay, state)
-    return enter
+def choose_tile(q, v, per_channel):
+    """The chunk, block and warps for padded q and v: what spills few registers and fits 99 KB of memory."""
+    (B, _, H, V), K = v.shape, q.shape[3]
+    chunk, block, warps = 64, 64, 4
+    if q.dtype == torch.float32 or per_channel:
+        chunk = 16
+    if q.dtype == torch.float32:
+        block = 16
+    elif per_channel or K > 128:
+        block = 32
+    # few programs leave a GPU idle, so each gets fewer columns
+    if q.is_cuda and B * H * V // block < torch.cuda.get_device_properties(q.device).multi_processor_count:
+        block = 16
+    return chunk, block, warps
 
 
-# torch.compile cannot trace a launch in Triton's interpreter, so it gets the launch as one operator
-@torch.library.custom_op("lengthgen::launch_kernel", mutates_args=("o", "leave", "qdq", "dlog_a"))
-def launch_kernel(
-    q: Tensor, k: Tensor, v: Tensor, b: Tensor, enter: Tensor, tile: list[int], decay: str, reverse: bool,
-    o: Tensor | None = None, leave: Tensor | None = None, x: Tensor | None = None,
-    qdq: Tensor | None = None, end_sum: Tensor | None = None, dlog_a: Tensor | None = None,
-) -> None:  # fmt: skip
-    """One launch in a role of the table. Reads `enter` (B, segments, H, K, V), writes those of o, leave, qdq
-    and dlog_a that it is given; dk reads qdq."""
-    (B, segments, H, K, V), (chunk, block, segment) = enter.shape, tile
+def launch(q, k, v, b, state, tile, decay, reverse=False, x=None):
+    """Run the kernel in one role. Returns o, the final state, and for x = q or k also x * o without s = t."""
+    T = v.shape[1]
+    B, H, K, V = state.shape
+    chunk, block, warps = tile
     block = min(block, V)
-    heads_of_x = 1 if x is None else x.shape[2]
+    o = v.new_empty(B, T, H, V)
+    final = state.new_empty(B, H, K, V)
+    x_o = None
+    if x is not None:  # x * o; with one decay per head only its sum over the columns of each program
+        x_o = b.new_empty(B, T, H, V if decay == "value" else V // block)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        scan_kernel[(B * segments * H * (V // block),)](
-            q, k, v, b, enter, o, leave, x, qdq, end_sum, dlog_a, k.shape[1], segment, *enter.stride(),
-            H, q.shape[2], k.shape[2], v.shape[2], b.shape[2], heads_of_x, K, V, b.shape[3], chunk, block,
-            chunk.bit_length() - 1, reverse, decay, num_warps=4 if K * block > 1024 else 1, num_stages=2,
+        scan_kernel[(B * H * (V // block),)](
+            q, k, v, b, state, o, final, x, x_o, T, *state.stride(),
+            H, q.shape[2], k.shape[2], v.shape[2], b.shape[2], 1 if x is None else x.shape[2],
+            K, V, b.shape[3], chunk, block, chunk.bit_length() - 1, reverse, decay,
+            num_warps=warps, num_stages=2,
         )  # fmt: skip
+    if decay == "scalar" and x is not None:
+        x_o = x_o.sum(3, keepdim=True)
+    return o, final, x_o
 
 
 # ---- 6. The kernel ----
@@ -417,42 +342,33 @@ if triton is not None:
 
     @triton.jit
     def scan_kernel(
-        q, k, v, b, enter, o, leave, x, qdq, end_sum, dlog_a,
-        T, segment, enter_b, enter_s, enter_h, enter_k, enter_v,  # strides of enter (B, segments, H, K, V)
+        q, k, v, b, state, o, final, x, x_o, T, state_b, state_h, state_k, state_v,
         H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr,
         HX: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
         BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
     ):  # fmt: skip
-        """A launch, in the letters of its role. H heads run; q has HQ, k has HK ...
+        """A launch, in the letters of its role. H heads run; q has HQ heads, k has HK, v, b and x likewise.
 
-        enter and leave are states, x is the q or k whose gradient o is; qdq, end_sum, dlog_a as in backward.
-
-        A program owns BLOCK value columns of one head and walks through the chunks of a segment, its piece of
-        the state in registers: none goes to memory on the way, no two programs add to one number, and every
-        run gives the same bits. In a chunk, with S entering and "before" meant in the time of the launch, and
-        with e^x computed as 2^x, since b comes in base 2:
+        A program owns BLOCK value columns of one head and walks through the chunks, its piece of the state in
+        registers: none goes to memory on the way, no two programs add to one number, and every run gives the
+        same bits. In a chunk, with S entering and "before" meant in the time of the launch:
 
             o_t = sum_{s = t or before} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t
-            S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T            (decays of channels: on their products)
+            S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T
 
                       decay(s, t)      c_in(t)          c_out(s)
             forward   e^(b_t - b_s)    e^(b_t)          e^(b_L - b_s)
             reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
         """
         # Where this program works. A 1-d grid, as the other axes stop at 65535; offsets in 64 bits
-        tl.static_assert(DECAY != "value" or qdq is not None)  # in this mode only qdq adds s = t
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)
-        i_h, i_bs = pid // BLOCKS % H, pid // (BLOCKS * H)
-        segments = tl.cdiv(T, segment)
-        i_b, i_s = i_bs // segments, i_bs % segments
-        start = i_s * segment
-        end = tl.minimum(start + segment, T)
-        chunks = tl.cdiv(end - start, L)
+        i_block, i_h, i_b = pid % BLOCKS, pid // BLOCKS % H, pid // (BLOCKS * H)
+        chunks = tl.cdiv(T.to(tl.int64), L)
         t = tl.arange(0, L)
         c_k = tl.arange(0, K)
-        c_v = (pid % BLOCKS * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+        c_v = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
         c_b = c_v if DECAY == "value" else tl.arange(0, N)
 
         # Pointers into (B, T, heads, size) at this batch row and head; the loop adds the steps
@@ -460,23 +376,16 @@ if triton is not None:
         k += (i_b * T * HK + i_h // (H // HK)) * K + c_k[None, :]
         v += (i_b * T * HV + i_h // (H // HV)) * V + c_v[None, :]
         b += (i_b * T * HB + i_h // (H // HB)) * N + c_b[None, :]
-
-        # The state that enters, and for dk the sum for d log a from the steps after the segment
-        enter += i_b * enter_b + i_s * enter_s + i_h * enter_h
-        S = tl.load(enter + c_k[:, None] * enter_k + c_v[None, :] * enter_v)
-        if end_sum is not None:
-            later = tl.load(end_sum + (i_bs * H + i_h) * V + c_v)[None, :]
-            if DECAY == "scalar":
-                later = tl.sum(later, 1, keep_dims=True)
+        state += i_b * state_b + i_h * state_h + c_k[:, None] * state_k + c_v[None, :] * state_v
+        S = tl.load(state)
 
         same = t[:, None] == t[None, :]
         earlier = t[:, None] < t[None, :] if REVERSE else t[:, None] > t[None, :]
         for i in range(chunks):
             # The chunk starts at t0 and has n real steps
-            t0 = start + (chunks - 1 - i if REVERSE else i) * L
-            n = tl.minimum(end - t0, L).to(tl.int32)
+            t0 = (chunks - 1 - i if REVERSE else i) * L
+            n = tl.minimum(T - t0, L).to(tl.int32)
             real = t[:, None] < n
-            inner = t[:, None] < (end - t0 - 1).to(tl.int32)  # all steps but the segment's last
 
             # Load. Steps past the end repeat the last b, because 0 would give e^(+large) * 0 in reverse time
             q_t = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
@@ -487,107 +396,93 @@ if triton is not None:
             c_in = tl.exp2(b_L - b_t if REVERSE else b_t)
             c_out = tl.exp2(b_t if REVERSE else b_L - b_t)
 
-            if o is not None:
-                # y (L, BLOCK): what q reads of S. A (L, L): q_t . k_s, for "key" the diagonal alone
-                if DECAY == "key":
-                    y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision="ieee")
-                    A = tl.where(same, tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True), 0.0)
-                else:
-                    y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in
-                    A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
-                if qdq is not None:  # dq and dk: d log a wants them without s = t
-                    y_same = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True) * v_t
+            # y (L, BLOCK): what q reads of the state that enters, and of the pairs s before t
+            if DECAY == "scalar":
+                gap = tl.trans(b_t) - b_t if REVERSE else b_t - tl.trans(b_t)
+                A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
+                qk_same = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True)
+                A *= tl.exp2(tl.where(earlier, gap, float("-inf")))  # mask the exponent, then exponentiate
+                y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in
+                y = tl.dot(A.to(dtype), v_t, y, input_precision="ieee")
+            elif DECAY == "key":
+                A = tl.zeros((L, L), tl.float32)
+                qk_same = tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True)
+                for level in tl.static_range(LEVELS):
+                    to_mid, parted = halves(b, t, t0, n, b_t, HB * N, 1 << level, earlier)
+                    scores = tl.dot(
+                        (q_t * to_mid).to(dtype), tl.trans((k_t * to_mid).to(dtype)), input_precision="ieee"
+                    )
+                    A += tl.where(parted, scores, 0.0)
+                y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision="ieee")
+                y = tl.dot(A.to(dtype), v_t, y, input_precision="ieee")
+            else:
+                A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
+                qk_same = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True)
+                y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in
+                for level in tl.static_range(LEVELS):
+                    to_mid, parted = halves(b, t, t0, n, b_t, HB * N, 1 << level, earlier)
+                    A_mid = tl.where(parted, A, 0.0).to(dtype)
+                    y += tl.dot(A_mid, (v_t * to_mid).to(dtype), input_precision="ieee") * to_mid
 
-                # Decay the pairs, s before t: as one matrix, or level by level as in decayed_scores
-                if DECAY == "scalar":
-                    reads = earlier if qdq is not None else earlier | same
-                    gap = tl.trans(b_t) - b_t if REVERSE else b_t - tl.trans(b_t)
-                    A *= tl.exp2(tl.where(reads, gap, float("-inf")))  # mask the exponent, then exponentiate
-                else:
-                    for level in tl.static_range(LEVELS):
-                        half = 1 << level
-                        pair = t // (2 * half)  # which pair of halves, which of the two, and where they meet
-                        second = t % (2 * half) >= half
-                        mid = tl.minimum(pair * (2 * half) + half - 1, n - 1)
-                        b_mid = tl.load(b + t0 * (HB * N) + mid[:, None] * (HB * N))
-                        to_mid = tl.exp2(tl.where(second[:, None], b_t - b_mid, b_mid - b_t))
-                        parted = (pair[:, None] == pair[None, :]) & (second[:, None] != second[None, :])
-                        if DECAY == "key":
-                            q_mid, k_mid = (q_t * to_mid).to(dtype), (k_t * to_mid).to(dtype)
-                            scores = tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee")
-                            A += tl.where(earlier & parted, scores, 0.0)
-                        else:
-                            A_mid = tl.where(earlier & parted, A, 0.0).to(dtype)
-                            v_mid = (v_t * to_mid).to(dtype)
-                            y += tl.dot(A_mid, v_mid, input_precision="ieee") * to_mid
-                if DECAY != "value":
-                    y = tl.dot(A.to(dtype), v_t, y, input_precision="ieee")
-                p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
-                tl.store(o + p_o, (y if qdq is None else y + y_same).to(dtype), mask=real)
-
-            if qdq is not None:
-                # xdx is q * dq or k * dk; for "scalar" its sum over the block, (B, H, BLOCKS, T)
+            # For d log a: x * y without the pair s = t. Then the output, with it
+            if x is not None:
                 p_x = ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + c_v[None, :]
-                xdx = y * tl.load(x + p_x, mask=real, other=0.0)
-                p_xdx = p_o
+                x_y = y * tl.load(x + p_x, mask=real, other=0.0)
+                row = (i_b * T + t0) * H + i_h + t[:, None] * H
                 if DECAY == "scalar":
-                    xdx = tl.sum(xdx, 1, keep_dims=True)
-                    p_xdx = ((i_b * H + i_h) * BLOCKS + pid % BLOCKS) * T + t0 + t[:, None]
-
-                # dq stores it; dk subtracts its own and sums back in time
-                if dlog_a is None:
-                    tl.store(qdq + p_xdx, xdx, mask=real)
+                    tl.store(x_o + row * BLOCKS + i_block, tl.sum(x_y, 1, keep_dims=True), mask=real)
                 else:
-                    change = tl.load(qdq + p_xdx, mask=real, other=0.0) - tl.where(inner, xdx, 0.0)
-                    tl.store(dlog_a + p_xdx, later + tl.cumsum(change, 0, reverse=True), mask=real)
-                    later += tl.sum(change, 0, keep_dims=True)
+                    tl.store(x_o + row * V + c_v[None, :], x_y, mask=real)
+            y += qk_same * v_t
+            p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
+            tl.store(o + p_o, y.to(dtype), mask=real)
 
-            # The state decays to the end of the chunk and takes in k v^T; dq leaves out the last of a segment
-            k_out, v_out = k_t, v_t
-            if qdq is not None and dlog_a is None:
-                k_out = tl.where(inner, k_t, 0.0)
+            # The state decays to the end of the chunk and takes in k v^T
             if DECAY == "key":
                 S *= tl.trans(tl.exp2(b_L))
-                k_out = (k_out * c_out).to(dtype)
+                k_t = (k_t * c_out).to(dtype)
             else:
                 S *= tl.exp2(b_L)
-                v_out = (v_out * c_out).to(dtype)
-            S = tl.dot(tl.trans(k_out), v_out, S, input_precision="ieee")
+                v_t = (v_t * c_out).to(dtype)
+            S = tl.dot(tl.trans(k_t), v_t, S, input_precision="ieee")
 
-        if leave is not None:
-            tl.store(leave + ((i_bs * H + i_h) * K + c_k[:, None]) * V + c_v[None, :], S)
+        tl.store(final + ((i_b * H + i_h) * K + c_k[:, None]) * V + c_v[None, :], S)
+
+    @triton.jit
+    def halves(b, t, t0, n, b_t, stride, half, earlier):
+        """Decays to the midpoint of each step's pair of halves, and which pairs s, t that midpoint parts."""
+        pair = t // (2 * half)
+        second = t % (2 * half) >= half
+        mid = tl.minimum(pair * (2 * half) + half - 1, n - 1)
+        b_mid = tl.load(b + t0 * stride + mid[:, None] * stride)
+        to_mid = tl.exp2(tl.where(second[:, None], b_t - b_mid, b_mid - b_t))
+        return to_mid, earlier & (pair[:, None] == pair[None, :]) & (second[:, None] != second[None, :])
 
     INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set
 
-
 # ---- 7. Which of the three ----
+
 BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan, "triton": triton_scan}
-_announced = set()
 
 
-@torch.compiler.assume_constant_result  # under torch.compile: said while tracing, not part of the graph
-def _announce(backend, reason):
-    if backend not in _announced:
-        _announced.add(backend)
-        print(f"scan: {backend}, {reason}", flush=True)
+def choose_backend(device, dtype, K, V):
+    """The name of the fastest scan for such inputs, and the reason in words."""
+    if device.type == "cuda" and not torch.version.hip:
+        if triton is None:
+            return "chunked", "the triton package is not installed"
+        if dtype not in KERNEL_DTYPES or K > MAX_K:
+            return "chunked", f"the kernel takes no {dtype} with K = {K}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "chunked", "the kernel needs a GPU of compute capability 8.0"
+        return "triton", "one fused kernel on NVIDIA GPUs"
+    if V == 1:  # Mamba-1: chunks would make L^2 scores for L numbers of v
+        return "recurrent", "with V = 1 chunks cost more than they save"
+    return "chunked", "matmuls in plain PyTorch run on any device"
 
 
 def scan(q, k, v, log_a, state=None, backend=None):
-    """One of the functions above; says once on stdout which and why. backend None picks, a name forces."""
-    reason = "asked for"
+    """The scan of BACKENDS that is called `backend`; None takes the one of choose_backend."""
     if backend is None:
-        if not q.is_cuda or torch.version.hip:
-            backend, reason = "chunked", "plain PyTorch matmuls run on any device"
-            if v.shape[3] == 1:  # Mamba-1: a matmul over chunks would make L^2 scores for L numbers of v
-                backend, reason = "recurrent", "with V = 1 chunks cost more than they save"
-        elif triton is None:
-            backend, reason = "chunked", "the triton package is not installed"
-        elif reason_against_the_kernel(q):
-            backend, reason = "chunked", reason_against_the_kernel(q)
-        else:
-            backend, reason = "triton", "one fused kernel on NVIDIA GPUs"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
-    _announce(backend, reason)
+        backend, _ = choose_backend(q.device, q.dtype, q.shape[3], v.shape[3])
     with torch.autocast(q.device.type, enabled=False):  # the sums and the state stay in float32
         return BACKENDS[backend](q, k, v, log_a, state)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import chunked_scan, recurrent_scan, scan, triton_scan
+from kernels import recurrent_scan, triton_scan
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
@@ -132,9 +132,9 @@ def test_head_sizes_of_any_shape_are_padded(vector, K, V):
 
 
 @both_decays
-@pytest.mark.parametrize("V, segments", [(256, 1), (144, 2)])
-def test_wide_values_become_several_heads(vector, V, segments):
-    check(1, 36, 1, 2, 16, V, vector=vector, chunk=16, block=64, segments=segments)
+@pytest.mark.parametrize("V", [256, 144])
+def test_wide_values_become_several_heads(vector, V):
+    check(1, 36, 1, 2, 16, V, vector=vector, chunk=16, block=64)
 
 
 @pytest.mark.parametrize("decay", [1e-3, 1.0, 30.0, 1000.0])
@@ -145,20 +145,19 @@ def test_one_decay_per_head_is_right_at_any_strength(decay):
 
 
 def uniform(log_a):
-    return torch.full_like(log_a, -30.1)
+    return torch.full_like(log_a, -29.9)
 
 
 def mixed(log_a):
-    return -30 * torch.rand(log_a.shape, generator=torch.Generator().manual_seed(1), dtype=log_a.dtype).to(
+    return -29.9 * torch.rand(log_a.shape, generator=torch.Generator().manual_seed(1), dtype=log_a.dtype).to(
         DEVICE
     )
 
 
 @pytest.mark.parametrize("log_a", [uniform, mixed])
-@pytest.mark.parametrize("segments", [1, 2])
-def test_one_decay_per_channel_of_30_a_step_is_right(log_a, segments):
+def test_one_decay_per_channel_of_30_a_step_is_right(log_a):
     # uniform: dlog_a is about 1e-13 everywhere, and right to 1e-4 of that, as no 1 - 1 happens on the way
-    check(1, 40, 2, 2, 16, 16, vector=True, log_a=log_a, chunk=16, segments=segments, tolerance=STRONG)
+    check(1, 40, 2, 2, 16, 16, vector=True, log_a=log_a, chunk=16, tolerance=STRONG)
 
 
 def test_one_decay_per_channel_of_100_a_step_stays_finite_and_right():
@@ -166,15 +165,6 @@ def test_one_decay_per_channel_of_100_a_step_stays_finite_and_right():
     got = run(triton_scan, inputs, cotangents, torch.float32)
     assert all(x.isfinite().all() for x in got.values())
     assert_close(got, run(recurrent_scan, inputs, cotangents), STRONG)
-
-
-@both_decays
-@pytest.mark.parametrize("segments", [2, 4])
-@pytest.mark.parametrize("missing", [(), ("state",)], ids="+".join)
-def test_segments_change_nothing(vector, segments, missing):
-    # segments of 48 + 40 and of 32 + 32 + 24 steps: the last one ends inside a chunk
-    # a weak decay, so that a state gets from the first segment to the last
-    check(1, 88, 1, 2, 16, 16, vector=vector, decay=0.05, missing=missing, chunk=16, segments=segments)
 
 
 @both_decays
@@ -225,36 +215,12 @@ def test_strided_inputs_are_read_right():
 # ---- where it is called from ----
 
 
-@both_decays
-def test_compiles_without_a_graph_break(vector):
-    inputs, cotangents = draw(1, 20, 1, 2, 16, 16, vector)
-
-    def layer(q, k, v, log_a, state):
-        o, final = scan(q * 2, k, v, log_a, state, backend="triton")
-        return o * 3, final
-
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    got, wanted = (run(fn, inputs, cotangents, torch.float32) for fn in (compiled, layer))
-    assert all(torch.equal(got[name], wanted[name]) for name in NAMES)
-
-
 def test_autocast_leaves_decay_and_state_in_float32():
     inputs, cotangents = draw(1, 20, 1, 2, 16, 16, False)
     with torch.autocast(DEVICE, dtype=torch.float16):
         got = run(triton_scan, inputs, cotangents, torch.float16)
     wanted = run(triton_scan, inputs, cotangents, torch.float16)
     assert all(torch.equal(got[name], wanted[name]) for name in NAMES)
-
-
-def test_scan_says_once_what_it_picks_and_why(capsys):
-    inputs, _ = draw(1, 4, 1, 1, 16, 16, False)
-    inputs = [x.float() for x in inputs]
-    kernels._announced.clear()
-    for _ in range(2):
-        scan(*inputs, backend="triton")
-        scan(*inputs)
-    picked = "" if GPU else "scan: chunked, plain PyTorch matmuls run on any device\n"
-    assert capsys.readouterr().out == "scan: triton, asked for\n" + picked
 
 
 def test_without_triton_everything_else_works():
@@ -266,72 +232,27 @@ x = torch.ones(1, 3, 1, 4)
 kernels.scan(x, x, x, -x)
 try:
     kernels.triton_scan(x, x, x, -x)
-except ImportError as error:
+except AssertionError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "triton_scan needs the triton package, which is not installed: use chunked_scan" in done.stdout
+    assert "triton_scan needs the triton package: use chunked_scan" in done.stdout
 
 
-def bad(**change):
-    x = torch.zeros(2, 5, 1, 4)
-    good = {"q": x, "k": x, "v": x.new_zeros(2, 5, 3, 6), "log_a": x.new_zeros(2, 5, 3)}
-    return good | change
-
-
-BAD = {
-    r"expected q .*, got \(2, 5, 4\), ": bad(q=torch.zeros(2, 5, 4)),
-    r"k has shape \(2, 5, 1, 5\), expected \(2, 5, 1, 4\)": bad(k=torch.zeros(2, 5, 1, 5)),
-    r"v has shape \(2, 6, 3, 6\), expected \(2, 5, 3, 6\)": bad(v=torch.zeros(2, 6, 3, 6)),
-    r"v has 3 heads, which 2 groups": bad(q=torch.zeros(2, 5, 2, 4), k=torch.zeros(2, 5, 2, 4)),
-    r"log_a has shape \(2, 5\), expected \(2, 5, 3\) or \(2, 5, 3, 4\)": bad(log_a=torch.zeros(2, 5)),
-    r"state has shape \(2, 3, 6, 4\), expected \(2, 3, 4, 6\)": bad(state=torch.zeros(2, 3, 6, 4)),
-    r"v \(2, 5, 3, 6\) is torch.float16, expected torch.float32 like q": bad(
-        v=torch.zeros(2, 5, 3, 6).half()
-    ),
-    r"log_a \(2, 5, 3\) is torch.int64, expected a floating-point dtype": bad(
-        log_a=torch.zeros(2, 5, 3).long()
-    ),
-    r"k \(2, 5, 1, 4\) is on meta, expected cpu like q": bad(k=torch.zeros(2, 5, 1, 4, device="meta")),
-    r"log_a \(2, 5, 3\) reaches 0.5, expected no log decay above 0": bad(log_a=torch.full((2, 5, 3), 0.5)),
-    r"q has shape \(2, 0, 1, 4\)": bad(q=torch.zeros(2, 0, 1, 4)),
-}
-
-
-@pytest.mark.parametrize("backend", [recurrent_scan, chunked_scan, triton_scan])
-@pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_named(backend, message):
-    with pytest.raises(ValueError, match=message):
-        backend(**BAD[message])
-
-
-@pytest.mark.parametrize(
-    "message, inputs",
-    [
-        (
-            "is torch.float64, but the kernel takes float32, bfloat16 or float16: use chunked_scan",
-            {name: x.double() for name, x in bad().items()},
-        ),
-        (
-            "has K = 257, but the kernel has room for a state of K = 256",
-            bad(q=torch.zeros(2, 5, 1, 257), k=torch.zeros(2, 5, 1, 257)),
-        ),
-        ("chunk is 24, expected a power of two", bad(chunk=24)),
-        ("block is 8, expected a power of two", bad(block=8)),
-        ("segments is 0, expected at least 1", bad(segments=0)),
-    ],
-)
-def test_what_the_kernel_cannot_take_is_named(message, inputs):
-    with pytest.raises(ValueError, match=message):
-        triton_scan(
-            **{name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        )
+def test_what_the_kernel_cannot_take_is_refused():
+    inputs, _ = draw(1, 5, 1, 1, 16, 16, False)
+    with pytest.raises(AssertionError, match=r"q is torch.float64, K 16: use chunked_scan"):
+        triton_scan(*inputs)
+    inputs, _ = draw(1, 5, 1, 1, 257, 16, False)
+    with pytest.raises(AssertionError, match=r"K 257: use chunked_scan"):
+        triton_scan(*[x.float() for x in inputs])
 
 
 @pytest.mark.skipif(GPU, reason="only the interpreter gets it wrong")
 def test_the_interpreter_refuses_bfloat16():
-    with pytest.raises(ValueError, match="bfloat16, which Triton's interpreter"):
-        triton_scan(**{name: x.bfloat16() for name, x in bad().items()})
+    inputs, _ = draw(1, 5, 1, 1, 16, 16, False)
+    with pytest.raises(AssertionError, match="Triton's interpreter multiplies bfloat16 wrongly"):
+        triton_scan(*[x.bfloat16() for x in inputs])
 
 
 def test_a_model_trained_with_the_kernel_follows_the_chunked_one():
@@ -431,9 +352,7 @@ def test_all_calls_compile_for_gpus_and_hardly_spill(tmp_path):
     "size, vector",
     [((1, 2048, 1, 4, 128, 64), False), ((1, 2048, 2, 2, 128, 256), True), ((1, 300, 1, 64, 16, 1), True)],
 )
-@pytest.mark.parametrize(
-    "options", [{}, dict(chunk=32, block=32), dict(chunk=16, block=16), dict(segments=4)]
-)
+@pytest.mark.parametrize("options", [{}, dict(chunk=32, block=32), dict(chunk=16, block=16), dict(warps=8)])
 def test_bfloat16_at_real_sizes_with_any_tile(size, vector, options):
     tolerance = BFLOAT16_VECTOR if vector else BFLOAT16
     check(*size, vector=vector, dtype=torch.bfloat16, tolerance=tolerance, **options)
