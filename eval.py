@@ -273,6 +273,7 @@ def measure_run(folder, measure, corpus, device):
         config = lg.ModelConfig(layer=s.model, vocab_size=corpus.vocab_size, **train.TINY_MODELS[s.model])
         run["config"] = asdict(config)
     train.check_same_run(checkpoint, run, folder)
+    train.tell_scan(model)
     return train.measured(folder, measure, model, corpus, s.T, s.task)
 
 
@@ -439,6 +440,7 @@ def main(argv=None):
     if args.init is not None:
         checkpoint = lg.load_checkpoint(args.init)
         model = lg.model_from_checkpoint(checkpoint).to(device).eval()
+        train.tell_scan(model)
         settings = checkpoint["settings"]
         tokenizer = args.tokenizer or settings["tokenizer"] or "bytes"
         GIVEN[args.what[0]](args, model, settings, tokenizer)

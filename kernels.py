@@ -224,25 +224,26 @@ class TritonScan(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         decay = "scalar" if b.shape[3] == 1 else "key"
         o, final, _ = launch(q, k, v, b, state, tile, decay)
-        ctx.save_for_backward(q, k, v, b, state, final)
+        ctx.save_for_backward(q, k, v, b, state)
         ctx.tile = tile
         return o, final
 
     @staticmethod
     def backward(ctx, do, dfinal):
-        q, k, v, b, state, final = ctx.saved_tensors
+        q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
         decay, decay_mT = ("scalar", "scalar") if b.shape[3] == 1 else ("key", "value")
-        dq, _, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_mT, x=q)
+        dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_mT, x=q)
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_mT, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay, reverse=True)
 
         # a_t stands between every k_s with s < t and every q_u with u >= t; R_T counts as a last q. So its
         # gradient is all that is read from step t on, minus what was also written from step t on:
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
-        # What step u itself writes and reads is in both sums. It would cancel but for its rounding error, so
-        # the kernel leaves it out of q * dq and of k * dk.
-        last = (final * dfinal).sum(-1)[:, None]  # (B, 1, H, K)
+        # Both sums have what a step writes and reads itself, and what step T writes and R_T reads. It would
+        # cancel but for its rounding error, so the kernel leaves it out of q * dq, k * dk and `before_T`
+        k_dk[:, -1] = 0
+        last = (before_T * dfinal.mT).sum(2)[:, None]  # (B, 1, H, K)
         if decay == "scalar":
             last = last.sum(-1, keepdim=True)
         dlog_a = (q_dq - k_dk).flip(1).cumsum(1).flip(1) + last
@@ -267,7 +268,7 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, warps=None):
     log_a, B, T, _, H, K, V = check_inputs(q, k, v, log_a, state)
     assert triton is not None, "triton_scan needs the triton package: use chunked_scan"
     assert q.dtype in KERNEL_DTYPES and K <= MAX_K, f"q is {q.dtype}, K {K}: use chunked_scan"
-    assert q.is_cuda or q.dtype != torch.bfloat16, "Triton's interpreter multiplies bfloat16 wrongly"
+    assert not INTERPRETED or q.dtype != torch.bfloat16, "Triton's interpreter multiplies bfloat16 wrongly"
     per_channel = log_a.dim() == 4
 
     # pad K and V to powers of two; V = 256 becomes two heads of 128 with the same q, k and log_a
@@ -437,7 +438,9 @@ if triton is not None:
             p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
             tl.store(o + p_o, y.to(dtype), mask=real)
 
-            # The state decays to the end of the chunk and takes in k v^T
+            # The state decays to the end of the chunk and takes in k v^T; in role dq all but that of step T
+            if x is not None and not REVERSE:
+                k_t = tl.where(t0 + t[:, None] < T - 1, k_t, 0.0)
             if DECAY == "key":
                 S *= tl.trans(tl.exp2(b_L))
                 k_t = (k_t * c_out).to(dtype)

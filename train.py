@@ -138,6 +138,12 @@ def print_once(message):
         print(message, flush=True)
 
 
+@functools.cache
+def tell(message):
+    """Print a message the first time only."""
+    print_once(message)
+
+
 def choose_device(wanted):
     """The torch.device of --device, or the best there is; prints which one and why. Joins the other ranks."""
     device = torch.device(wanted or torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -158,6 +164,14 @@ def choose_device(wanted):
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
     return device
+
+
+def tell_scan(model):
+    """Print which scan of kernels.py the model uses, and why."""
+    layer, device = model.layers[0].mixer, model.lm_head.weight.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in training
+    backend, reason = kernels.choose_backend(device, dtype, layer.K, layer.V)
+    tell(f"scan: {backend}, {reason}")
 
 
 def learning_rate(step, steps, peak, hold=0.0):
@@ -720,22 +734,25 @@ def main(argv=None):
         label += "-scan"
     folder = run_folder(args.out, args.model, args.task, label, args.seed)
 
-    # the base: of --init, or made by its recipe from zero states
+    # the base: of --init, or a new one
+    base_folder = run_folder(args.out, args.model, args.task, "base", args.seed)
     if init:
         model = lg.model_from_checkpoint(init).to(device)
         check_vocabulary(model, corpus, args.init)
         print_once(f"base: {args.init}")
+    else:
+        torch.manual_seed(args.seed)
+        config = lg.ModelConfig(layer=args.model, vocab_size=corpus.vocab_size, **TINY_MODELS[args.model])
+        model = lg.LanguageModel(config).to(device)
+        print_once(f"base: {base_folder}, trained from zero states where it is not finished")
+    tell_scan(model)
+    if init:
         is_run = os.path.exists(os.path.join(args.init, lg.CHECKPOINT))
         measured_in = args.init if is_run else os.path.join(folder, "init")
         losses = measured(measured_in, loss_by_position, model, corpus, args.T, args.task)
     else:
         recipe = "base of mixed" if args.task == "mixed" else "base"
         own = () if args.intervention else OWN  # given with a cure, steps, lr and so on are the cure's
-        base_folder = run_folder(args.out, args.model, args.task, "base", args.seed)
-        torch.manual_seed(args.seed)
-        config = lg.ModelConfig(layer=args.model, vocab_size=corpus.vocab_size, **TINY_MODELS[args.model])
-        model = lg.LanguageModel(config).to(device)
-        print_once(f"base: {base_folder}, trained from zero states where it is not finished")
         losses = run(args, settings_of(args, corpus, recipe, own), model, corpus, base_folder, device)
     found = {"base": losses}
 
