@@ -112,7 +112,7 @@ def changed_losses(model, corpus, T, task, changes, B=32, windows=64):
     bins[:, : 4 * T] = -1
     losses = []
     for change in changes:
-        with lg.changed_decay(model, change):
+        with lg.changed_decay(change):
             total, count = lg.streaming_loss(model, tokens, bins, lg.segment_for(B))
         losses.append(total / count)
     return dict(zip(names, torch.stack(losses, 1).tolist(), strict=True))
@@ -442,7 +442,9 @@ def main(argv=None):
         model = lg.model_from_checkpoint(checkpoint).to(device).eval()
         train.tell_scan(model)
         settings = checkpoint["settings"]
-        tokenizer = args.tokenizer or settings["tokenizer"] or "bytes"
+        tokenizer = args.tokenizer
+        if tokenizer is None:
+            tokenizer = settings["tokenizer"] or "bytes"
         GIVEN[args.what[0]](args, model, settings, tokenizer)
         return
 

@@ -258,12 +258,12 @@ def sum_heads(gradient, x):
 # ---- 5. The launch ----
 
 
-def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, warps=None):
+def triton_scan(q, k, v, log_a, state=None, tile=None):
     """The recurrence as one GPU kernel that also computes its gradients. Shapes as at the top of this file.
 
-    q, k, v are float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256. A program
-    takes `chunk` steps at a time and holds `block` columns of the state, powers of two of at least 16, in
-    `warps` warps of threads; None chooses. On a CPU the kernel runs only in Triton's interpreter.
+    q, k, v are float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256.
+    tile: how the kernel cuts its work, see choose_tile; None chooses
+    On a CPU the kernel runs only in Triton's interpreter.
     """
     log_a, B, T, _, H, K, V = check_inputs(q, k, v, log_a, state)
     assert triton is not None, "triton_scan needs the triton package: use chunked_scan"
@@ -283,8 +283,7 @@ def triton_scan(q, k, v, log_a, state=None, chunk=None, block=None, warps=None):
     state = state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)  # (B, H * parts, K_, V_)
 
     # run it, and undo the padding
-    best = choose_tile(q, v, per_channel)
-    tile = (chunk or best[0], block or best[1], warps or best[2])
+    tile = tile or choose_tile(q, v, per_channel)
     o, final = TritonScan.apply(q, k, v, log_a, state, tile)
     final = final.unflatten(1, (H, parts)).transpose(2, 3).flatten(3)  # (B, H, K_padded, parts * V_padded)
     return o.reshape(B, T, H, parts * V_padded)[..., :V], final[:, :, :K, :V]
@@ -300,26 +299,29 @@ def pad_last(x, size):
 
 
 def choose_tile(q, v, per_channel):
-    """The chunk, block and warps for padded q and v: what spills few registers and fits 99 KB of memory."""
+    """(chunk, block, warps, stages) for padded q and v.
+
+    A program takes `chunk` steps at a time and owns `block` columns of the state, powers of two of at least
+    16. It runs in `warps` groups of 32 threads, and with 2 stages it loads a chunk while it computes another.
+    These choices spill few registers and fit into the 99 KB of shared memory that small GPUs have.
+    """
     (B, _, H, V), K = v.shape, q.shape[3]
-    chunk, block, warps = 64, 64, 4
-    if q.dtype == torch.float32 or per_channel:
-        chunk = 16
-    if q.dtype == torch.float32:
-        block = 16
-    elif per_channel or K > 128:
-        block = 32
+    float32 = q.dtype == torch.float32
+    chunk = 16 if float32 or per_channel else 64
+    block = 16 if float32 else 32
+    warps = 8 if float32 or K > 128 else 4
+    stages = 1 if float32 else 2
     # few programs leave a GPU idle, so each gets fewer columns
     if q.is_cuda and B * H * V // block < torch.cuda.get_device_properties(q.device).multi_processor_count:
         block = 16
-    return chunk, block, warps
+    return chunk, block, warps, stages
 
 
 def launch(q, k, v, b, state, tile, decay, reverse=False, x=None):
     """Run the kernel in one role. Returns o, the final state, and for x = q or k also x * o without s = t."""
     T = v.shape[1]
     B, H, K, V = state.shape
-    chunk, block, warps = tile
+    chunk, block, warps, stages = tile
     block = min(block, V)
     o = v.new_empty(B, T, H, V)
     final = state.new_empty(B, H, K, V)
@@ -331,7 +333,7 @@ def launch(q, k, v, b, state, tile, decay, reverse=False, x=None):
             q, k, v, b, state, o, final, x, x_o, T, *state.stride(),
             H, q.shape[2], k.shape[2], v.shape[2], b.shape[2], 1 if x is None else x.shape[2],
             K, V, b.shape[3], chunk, block, chunk.bit_length() - 1, reverse, decay,
-            num_warps=warps, num_stages=2,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if decay == "scalar" and x is not None:
         x_o = x_o.sum(3, keepdim=True)

@@ -873,7 +873,7 @@ def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=N
     The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, for plain text also at 1/8, 1/4 and 1/2 T. The loss of a
     range without targets is NaN. The streams are shorter than `windows` T where the text is (see stream).
     """
-    task, _, parts, _ = TASKS[task_name]
+    task, _, parts, *_ = TASKS[task_name]
     tokens, part = stream(task, Rows(corpus, "val", B, continues=True, seed=seed), T, windows)
     windows = part.shape[1] // T
 
@@ -1447,6 +1447,8 @@ def import_settings(settings):
     config = dict(defaults, layer=layer)
     ignored = []
     for name, value in settings.items():
+        if name in ("residual_in_fp32", "fused_add_norm"):
+            continue  # how to compute, which changes no result
         if name not in names + names_in_ssm_cfg:
             ignored.append(name)
         elif value not in (None, "auto"):
@@ -1500,6 +1502,7 @@ def export_model(model, folder, dtype=torch.float32):
     dtype: of the stored weights. Raises ValueError, before anything is written, for what would be loaded
     wrongly.
     """
+    assert dtype.is_floating_point, f"dtype is {dtype}, expected a floating-point one"
     config = model.config
     kind = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla"}[config.layer]
     _, names, names_in_ssm_cfg, defaults = KINDS[kind]

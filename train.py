@@ -689,11 +689,13 @@ def fill_in(args, init):
         args.model = init["settings"].get("model", layer)  # its name in the folders of runs
         args.task = args.task or init["settings"]["task"]
         args.T = args.T or init["settings"]["T"]
-        args.tokenizer = args.tokenizer or init["settings"]["tokenizer"]
+        if args.tokenizer is None:
+            args.tokenizer = init["settings"]["tokenizer"]
     args.model = args.model or "mamba2"
     args.task = args.task or "echo"
     args.T = args.T or lg.TASKS[args.task][1]
-    args.tokenizer = args.tokenizer or "bytes"
+    if args.tokenizer is None:
+        args.tokenizer = "bytes"
 
 
 def settings_of(args, corpus, recipe, options):

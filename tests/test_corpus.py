@@ -9,10 +9,16 @@ import zlib
 import numpy as np
 import pytest
 import tiktoken
+import torch
 
 import lengthgen as lg
 
 BOS, SEP = 256, 257  # of the byte tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_tokenizer_of_another_test():
+    lg.load_tokenizer.cache_clear()
 
 
 def write(folder, files):
@@ -47,11 +53,10 @@ def test_bytes_survive_the_tokenizer():
         + " " * 50
         + "".join(map(chr, range(300)))
     )
-    tokens = lg.BYTES.encode_to_numpy(text)
+    tokens = lg.BYTES.encode(text)
     assert tokens.tolist() == list(text.encode())
     assert lg.BYTES.decode(tokens) == text
-    every_byte = bytes(range(256))
-    assert lg.BYTES.decode_bytes(list(every_byte)) == every_byte
+    assert lg.BYTES.decode([BOS, *tokens, SEP]) == text  # special tokens are no text
 
 
 def test_invalid_utf8_and_halves_of_surrogates_are_replaced(tmp_path):
@@ -150,7 +155,7 @@ def test_each_line_of_a_jsonl_is_a_document(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", '{"body": "x"}', '{"text": 5}', '{"text": null}', "", "7", "[" * 10**5]
+    "line", ["{", "[1]", '{"body": "x"}', '{"text": 5}', '{"text": null}', "7", "[" * 10**5]
 )
 def test_a_bad_line_of_a_jsonl_is_named(tmp_path, line):
     path = write(tmp_path, {"a.jsonl": '{"text": "good"}\n' + line + "\n"}) + "/a.jsonl"
@@ -160,12 +165,18 @@ def test_a_bad_line_of_a_jsonl_is_named(tmp_path, line):
         lg.load_corpus([path])
 
 
+def test_blank_lines_of_a_jsonl_are_skipped(tmp_path):
+    lines = ['{"text": "one"}', "", '{"text": "two"}', "  ", ""]
+    path = write(tmp_path, {"a.jsonl": "\n".join(lines)}) + "/a.jsonl"
+    assert documents(lg.load_corpus([path]).train) == [b"one", b"two"]
+
+
 def test_a_bin_holds_uint16_tokens_and_its_last_tenth_is_held_out(tmp_path):
     tokens = np.arange(1000, dtype=np.uint16) % 300
     tokens.tofile(tmp_path / "a.bin")
     corpus = lg.load_corpus([str(tmp_path / "a.bin")])
     assert np.array_equal(corpus.train, tokens[:900]) and np.array_equal(corpus.val, tokens[900:])
-    assert (corpus.words, corpus.bos, corpus.vocab_size) == (300, 300, 302)
+    assert (corpus.words, corpus.bos, corpus.vocab_size) == (300, 299, 300)  # no word is added
     assert isinstance(corpus.train, np.memmap)  # read when needed, whatever its size
 
 
@@ -174,13 +185,84 @@ def test_the_vocabulary_of_a_bin_is_that_of_its_tokenizer_or_of_the_model_that_r
 ):
     (np.arange(1000, dtype=np.uint16) % 300).tofile(tmp_path / "a.bin")
     path = tmp_path / "a.bin"  # alone, and no string: both are taken
-    assert lg.load_corpus(path, vocab_size=502).bos == 500
+    assert lg.load_corpus(path, vocab_size=502).words == 502
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 400}
-    encoding = tiktoken.Encoding("small", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={})
+    special = {"<|endoftext|>": 401}
+    encoding = tiktoken.Encoding("small", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    assert lg.load_corpus(path, "gpt2", vocab_size=502).bos == 401
-    with pytest.raises(ValueError, match="has a token 299, which is outside the vocabulary of 200 words"):
-        lg.load_corpus(path, vocab_size=202)
+    corpus = lg.load_corpus(path, "cl100k_base", vocab_size=502)
+    assert (corpus.words, corpus.bos) == (402, 401)
+    with pytest.raises(ValueError, match="has a token 299, outside the vocabulary of 200 words"):
+        lg.load_corpus(path, vocab_size=200)
+
+
+def write_tokens(file, tokens, dtype=np.uint16):
+    np.asarray(tokens, dtype).tofile(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("words", [50257, 50304])  # of GPT-2, and padded as in nanoGPT
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_a_bin_of_nanogpt_ends_its_documents_with_50256(tmp_path, monkeypatch, words, tokenizer):
+    def no_network(name):
+        raise ConnectionError("nothing is downloaded where only the border is needed")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    tokens = [50256, 5, 6, 7, 8, 9, 10, 11, 12, 13] * 30
+    corpus = lg.load_corpus(write_tokens(tmp_path / "a.bin", tokens), tokenizer, words)
+    assert corpus.bos == 50256
+    assert corpus.vocab_size == (words if tokenizer == "bytes" else 50257)
+    assert len(lg.Rows(corpus, "train", 1, False, 0).begins) == 28  # 27 documents, and the empty one before
+
+
+@pytest.mark.parametrize("paths", [["train.bin", "val.bin"], ["."], ["*.bin"], ["val.bin", "train.bin"]])
+def test_train_bin_and_val_bin_are_read_as_nanogpt_reads_them(tmp_path, paths):
+    write_tokens(tmp_path / "train.bin", range(100))
+    write_tokens(tmp_path / "val.bin", range(50, 80))
+    if paths == ["."]:
+        write(tmp_path, {"input.txt": "text", "prepare.py": "x = 1", "meta.pkl": b"\x80\0"})
+    corpus = lg.load_corpus([str(tmp_path / path) for path in paths])
+    assert corpus.train.tolist() == list(range(100)) and corpus.val.tolist() == list(range(50, 80))
+    assert corpus.words == 100
+
+
+def npy(file, tokens):
+    with open(file, "wb") as f:
+        np.save(f, np.array(tokens, np.uint16))
+
+
+def llm_c(file, tokens):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    file.write_bytes(header.tobytes() + np.array(tokens, np.uint16).tobytes())
+
+
+def of_torch(file, tokens):
+    torch.save(torch.tensor(tokens), file)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda file, tokens: write_tokens(file, tokens, np.uint32),
+        lambda file, tokens: write_tokens(file, tokens, np.int64),
+        lambda file, tokens: write_tokens(file, np.array(tokens) + 10**5, np.int32),  # a vocabulary of 200k
+        lambda file, tokens: write_tokens(file, tokens, ">u4"),
+        npy, llm_c, of_torch,
+    ],
+)  # fmt: skip
+def test_a_bin_of_other_numbers_is_refused(tmp_path, make):
+    make(tmp_path / "a.bin", [50256, *range(300, 600)])
+    with pytest.raises(
+        ValueError, match=r"a\.bin cannot be read as a \.bin of uint16 tokens: (it has a header|Size)"
+    ):
+        lg.load_corpus(str(tmp_path / "a.bin"))
+
+
+def test_tasks_in_words_ask_for_the_tokenizer_of_a_bin(tmp_path):
+    corpus = lg.load_corpus(write_tokens(tmp_path / "a.bin", range(400)))
+    with pytest.raises(ValueError, match="name the tokenizer of the"):
+        lg.passkey(lg.Rows(corpus, "train", 1, False, 0), 160)
 
 
 def test_a_special_token_spelled_in_the_text_is_text(tmp_path, monkeypatch):
@@ -191,7 +273,7 @@ def test_a_special_token_spelled_in_the_text_is_text(tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     corpus = lg.load_corpus([write(tmp_path, {"a": "<|endoftext|> is a token"})], "gpt2")
     assert bytes(corpus.train[1:].tolist()).startswith(b"<|endoftext|> is")
-    assert corpus.bos == 257
+    assert corpus.bos == 256
 
 
 @pytest.mark.parametrize(
@@ -203,9 +285,17 @@ def test_a_special_token_spelled_in_the_text_is_text(tmp_path, monkeypatch):
         ({"a.txt": b"\x7fELF\x00\x01"}, ["a.txt"], "a.txt cannot be read as text: it has NUL bytes"),
         ({"a/b.txt": b"\x00"}, ["a"], "b.txt cannot be read as text: it has NUL bytes"),
         ({"a.txt": ""}, ["a.txt"], "the corpus is empty: no text in"),
-        ({"a.bin": "", "b.bin": ""}, ["a.bin", "b.bin"], "a .bin of tokens stands alone, got 2 paths"),
-        ({"a.bin": "1234", "b.txt": "x"}, ["a.bin", "b.txt"], "a .bin of tokens stands alone, got 2 paths"),
-        ({}, ["a.bin"], "a.bin cannot be read as a .bin of uint16 tokens: FileNotFound"),
+        (
+            {"a.bin": "", "b.bin": ""},
+            ["a.bin", "b.bin"],
+            "a .bin stands alone, or is train.bin beside val.bin",
+        ),
+        (
+            {"a.bin": "1234", "b.txt": "x"},
+            ["a.bin", "b.txt"],
+            "a .bin stands alone, or is train.bin beside val.bin",
+        ),
+        ({}, ["a.bin"], "no text at .*a.bin"),
         ({"a.bin": ""}, ["a.bin"], "a.bin cannot be read as a .bin of uint16 tokens: .* empty file"),
         ({"a.bin": "123"}, ["a.bin"], "a.bin cannot be read as a .bin of uint16 tokens: .*not a multiple"),
     ],
@@ -217,7 +307,7 @@ def test_bad_paths_are_named(tmp_path, files, paths, message):
 
 
 def test_an_unknown_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown tokenizer 'gpt9', expected bytes or one of .*gpt2"):
+    with pytest.raises(ValueError, match=r"gpt9 cannot be read as a tokenizer, expected bytes, .*gpt2"):
         lg.load_corpus([write(tmp_path, {"a": "x"})], "gpt9")
 
 

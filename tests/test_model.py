@@ -118,12 +118,12 @@ def test_the_mamba2_layer_is_the_published_formula():
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
     H, V, K, G, d_inner = 4, 4, 6, 2, 16
-    m = "backbone.layers.0.mixer."
+    m = "layers.0.mixer."
     S = torch.zeros(H, K, V, dtype=torch.float64)
     window = torch.zeros(4, d_inner + 2 * G * K, dtype=torch.float64)
     for t in range(12):
-        x = w["backbone.embedding.weight"][tokens[0, t]]
-        h = w[m + "in_proj.weight"] @ norm(x, w["backbone.layers.0.norm.weight"])
+        x = w["embedding.weight"][tokens[0, t]]
+        h = w[m + "in_proj.weight"] @ norm(x, w["layers.0.norm.weight"])
         z, xBC, dt = h[:d_inner], h[d_inner : 2 * d_inner + 2 * G * K], F.softplus(h[-H:] + w[m + "dt_bias"])
         window = torch.cat([window[1:], xBC[None]])
         xBC = F.silu((window * w[m + "conv1d.weight"][:, 0].T).sum(0) + w[m + "conv1d.bias"])
@@ -136,14 +136,14 @@ def test_the_mamba2_layer_is_the_published_formula():
             y[head] = S[head].T @ Cs[g] + w[m + "D"][head] * xs[head]
         y = (y.flatten() * F.silu(z)).view(G, -1)
         y = norm(y, 1.0).flatten() * w[m + "norm.weight"]
-        x = norm(x + w[m + "out_proj.weight"] @ y, w["backbone.norm_f.weight"])
+        x = norm(x + w[m + "out_proj.weight"] @ y, w["norm_f.weight"])
         logits = (w["lm_head.weight"] @ x)[:11]
         assert (model(tokens[:, : t + 1])[0][0, -1] - logits).abs().max() < EXACT
 
 
 def test_the_mamba1_layer_is_the_published_formula():
     model = make_model("mamba1", n_layer=1)
-    w = {name.replace("backbone.layers.0.mixer.", ""): x for name, x in model.state_dict().items()}
+    w = {name.replace("layers.0.mixer.", ""): x for name, x in model.state_dict().items()}
     tokens = torch.randint(0, 11, (1, 12))
 
     def norm(x, weight, eps=1e-5):
@@ -153,8 +153,8 @@ def test_the_mamba1_layer_is_the_published_formula():
     h = torch.zeros(channels, N, dtype=torch.float64)
     window = torch.zeros(4, channels, dtype=torch.float64)
     for t in range(12):
-        x = w["backbone.embedding.weight"][tokens[0, t]]
-        u, z = (w["in_proj.weight"] @ norm(x, w["backbone.layers.0.norm.weight"])).chunk(2)
+        x = w["embedding.weight"][tokens[0, t]]
+        u, z = (w["in_proj.weight"] @ norm(x, w["layers.0.norm.weight"])).chunk(2)
         window = torch.cat([window[1:], u[None]])
         u = F.silu((window * w["conv1d.weight"][:, 0].T).sum(0) + w["conv1d.bias"])
         dt, B, C = (w["x_proj.weight"] @ u).split([R, N, N])
@@ -163,14 +163,14 @@ def test_the_mamba1_layer_is_the_published_formula():
             A = -w["A_log"][c].exp()
             h[c] = torch.exp(dt[c] * A) * h[c] + dt[c] * B * u[c]
         y = (h @ C + w["D"] * u) * F.silu(z)
-        x = norm(x + w["out_proj.weight"] @ y, w["backbone.norm_f.weight"])
+        x = norm(x + w["out_proj.weight"] @ y, w["norm_f.weight"])
         logits = (w["lm_head.weight"] @ x)[:11]
         assert (model(tokens[:, : t + 1])[0][0, -1] - logits).abs().max() < EXACT
 
 
 def test_the_gla_layer_is_the_published_formula():
     model = make_model("gla", n_layer=1)
-    w = {name.replace("model.layers.0.", ""): x for name, x in model.state_dict().items()}
+    w = {name.replace("layers.0.", ""): x for name, x in model.state_dict().items()}
     tokens = torch.randint(0, 11, (1, 12))
 
     def norm(x, weight, eps=1e-6):
@@ -179,18 +179,18 @@ def test_the_gla_layer_is_the_published_formula():
     H, K, V = 2, 2, 4
     S = torch.zeros(H, K, V, dtype=torch.float64)
     for t in range(12):
-        x = w["model.embeddings.weight"][tokens[0, t]]
-        h = norm(x, w["attn_norm.weight"])
-        q, k, v, g = (w[f"attn.{n}_proj.weight"] @ h for n in "qkvg")
-        gate = w["attn.gk_proj.1.weight"] @ (w["attn.gk_proj.0.weight"] @ h) + w["attn.gk_proj.1.bias"]
+        x = w["embedding.weight"][tokens[0, t]]
+        h = norm(x, w["norm.weight"])
+        q, k, v, g = (w[f"mixer.{n}_proj.weight"] @ h for n in "qkvg")
+        gate = w["mixer.gk_proj.1.weight"] @ (w["mixer.gk_proj.0.weight"] @ h) + w["mixer.gk_proj.1.bias"]
         a = torch.sigmoid(gate).view(H, K) ** (1 / 16)
         S = a[..., None] * S + k.view(H, K, 1) * v.view(H, 1, V)
         o = (S * q.view(H, K, 1)).sum(1) * K**-0.5
-        o = norm(o, w["attn.g_norm_swish_gate.weight"]).flatten() * F.silu(g)
-        x = x + w["attn.o_proj.weight"] @ o
+        o = norm(o, w["mixer.g_norm_swish_gate.weight"]).flatten() * F.silu(g)
+        x = x + w["mixer.o_proj.weight"] @ o
         h = norm(x, w["mlp_norm.weight"])
         h = F.silu(w["mlp.gate_proj.weight"] @ h) * (w["mlp.up_proj.weight"] @ h)
-        x = norm(x + w["mlp.down_proj.weight"] @ h, w["model.norm.weight"])
+        x = norm(x + w["mlp.down_proj.weight"] @ h, w["norm_f.weight"])
         assert (model(tokens[:, : t + 1])[0][0, -1] - w["lm_head.weight"] @ x).abs().max() < EXACT
 
 
@@ -202,14 +202,12 @@ def test_official_sizes_have_the_published_number_of_parameters(d_model, n_layer
     with torch.device("meta"):
         model = lg.LanguageModel(lg.ModelConfig(d_model=d_model, n_layer=n_layer))
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert model.lm_head.weight is model.backbone["embedding"].weight
+    assert model.lm_head.weight is model.embedding.weight
 
 
 def test_weights_start_as_the_official_ones_do():
     torch.manual_seed(0)
-    mixer = (
-        lg.LanguageModel(lg.ModelConfig(vocab_size=500, d_model=256, n_layer=4)).backbone["layers"][0].mixer
-    )
+    mixer = lg.LanguageModel(lg.ModelConfig(vocab_size=500, d_model=256, n_layer=4)).layers[0].mixer
     dt, A = F.softplus(mixer.dt_bias), mixer.A_log.exp()
     assert dt.min() >= 0.99e-4 and dt.max() <= 0.101 and A.min() >= 1 and A.max() <= 16
     bound = mixer.d_inner**-0.5 / 4**0.5  # Kaiming-uniform, divided by sqrt(n_layer)

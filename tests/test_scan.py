@@ -126,7 +126,7 @@ STRENGTHS = [-1e4, -1e6, -1e9, -math.inf]
 
 
 def in_the_kernel(*inputs):
-    return triton_scan(*inputs, chunk=16)
+    return triton_scan(*inputs, tile=(16, 16, 4, 1))
 
 
 PLACES = [[7], [0], [3, 4, 11], list(range(0, 32, 2))]
