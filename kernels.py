@@ -343,7 +343,7 @@ def launch(q, k, v, b, state, tile, decay, reverse=False, x=None):
 # ---- 6. The kernel ----
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["T"])
     def scan_kernel(
         q, k, v, b, state, o, final, x, x_o, T, state_b, state_h, state_k, state_v,
         H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr,

@@ -15,18 +15,21 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = "seven or missing or share or shape or wide or strength or segments or 30_a_step or handing"
+TESTS = "seven or missing or share or shape or wide or strength or 30_a_step or handing"
 
 BUGS = {  # name: (text, what the bug makes of it)
     "reverse mask not flipped": ("earlier = t[:, None] < t[None, :]", "earlier = t[:, None] > t[None, :]"),
     "forward mask flipped": ("else t[:, None] > t[None, :]", "else t[:, None] < t[None, :]"),
-    "own step left out, one decay per head": ("else earlier | same", "else earlier"),
-    "own step counted in d log a": ("reads = earlier if qdq is not None else", "reads ="),
-    "own step left out, one decay per channel": (
-        "A = tl.where(same, tl.sum(q_t",
-        "A = tl.where(earlier, 0 * tl.sum(q_t",
+    "own step left out of the output": ("y += qk_same * v_t", "y += 0.0 * qk_same * v_t"),
+    "own step counted twice, one decay per head": (
+        "tl.where(earlier, gap, ",
+        "tl.where(earlier | same, gap, ",
     ),
-    "own step left out of dq and dk": ("(y if qdq is None else y + y_same).to(dtype)", "y.to(dtype)"),
+    "own step counted in d log a": ("x_y = y * tl.load", "x_y = (y + qk_same * v_t) * tl.load"),
+    "own step of the values summed over a wrong axis": (
+        "qk_same = tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True)",
+        "qk_same = tl.sum(q_t.to(tl.float32) * q_t, 1, keep_dims=True)",
+    ),
     "c_in and c_out swapped in reverse": (
         "c_out = tl.exp2(b_t if REVERSE else b_L - b_t)",
         "c_in, c_out = (tl.exp2(b_t), tl.exp2(b_L - b_t)) if REVERSE else (c_in, tl.exp2(b_L - b_t))",
@@ -38,66 +41,80 @@ BUGS = {  # name: (text, what the bug makes of it)
     "pair decay not flipped in reverse": ("gap = tl.trans(b_t) - b_t if REVERSE else", "gap ="),
     "e instead of 2 as the base": ("A *= tl.exp2(", "A *= tl.exp("),
     "entering state not decayed, key rows": ("tl.dot((q_t * c_in).to(dtype)", "tl.dot(q_t.to(dtype)"),
+    "entering state not decayed, one decay per head": (
+        'y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in\n                y = tl.dot(A',
+        'y = tl.dot(q_t, S.to(dtype), input_precision="ieee")\n                y = tl.dot(A',
+    ),
     "entering state not decayed, value columns": (
-        'input_precision="ieee") * c_in',
-        'input_precision="ieee")',
+        'y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in\n                for level',
+        'y = tl.dot(q_t, S.to(dtype), input_precision="ieee")\n                for level',
+    ),
+    "entering state not read, key rows": (
+        'y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision="ieee")',
+        "y = tl.zeros((L, BLOCK), tl.float32)",
     ),
     "state not decayed, key rows": ("S *= tl.trans(tl.exp2(b_L))", "S *= 1.0"),
     "state not decayed, value columns": ("                S *= tl.exp2(b_L)\n", "                S *= 1.0\n"),
-    "k not decayed to the end of the chunk": ("k_out = (k_out * c_out).to(dtype)", "k_out = k_out.to(dtype)"),
-    "v not decayed to the end of the chunk": ("v_out = (v_out * c_out).to(dtype)", "v_out = v_out.to(dtype)"),
-    "one half of the midpoint decay missing": ("(v_t * to_mid).to(dtype)", "v_t.to(dtype)"),
+    "k not decayed to the end of the chunk": ("k_t = (k_t * c_out).to(dtype)", "k_t = k_t.to(dtype)"),
+    "v not decayed to the end of the chunk": ("v_t = (v_t * c_out).to(dtype)", "v_t = v_t.to(dtype)"),
+    "q not decayed from the midpoint": ("(q_t * to_mid).to(dtype), tl.trans(", "q_t.to(dtype), tl.trans("),
+    "k not decayed to the midpoint": ("tl.trans((k_t * to_mid).to(dtype))", "tl.trans(k_t.to(dtype))"),
+    "v not decayed to the midpoint": ("(v_t * to_mid).to(dtype)", "v_t.to(dtype)"),
     "output not decayed from the midpoint": ('input_precision="ieee") * to_mid', 'input_precision="ieee")'),
     "halves told apart the wrong way round": (
         "tl.where(second[:, None], b_t - b_mid",
         "tl.where(~second[:, None], b_t - b_mid",
     ),
-    "topmost level missing": ("tl.static_range(LEVELS)", "tl.static_range(LEVELS - 1)"),
+    "topmost level missing": ("chunk.bit_length() - 1, reverse", "chunk.bit_length() - 2, reverse"),
     "levels overlap": ("(pair[:, None] == pair[None, :])", "(pair[:, None] // 2 == pair[None, :] // 2)"),
-    "levels read both ways": ("tl.where(earlier & parted, scores", "tl.where(parted, scores"),
-    "d log a: anchor leaves out two steps": ("(end - t0 - 1).to", "(end - t0 - 2).to"),
+    "levels read both ways": ("return to_mid, earlier & ", "return to_mid, "),
+    "midpoint one step too late": (
+        "tl.minimum(pair * (2 * half) + half - 1, n - 1)",
+        "tl.minimum(pair * (2 * half) + half, n - 1)",
+    ),
     "last decay of a ragged chunk taken too early": (
         "b_L = tl.load(b + (t0 + n - 1)",
         "b_L = tl.load(b + (t0 + tl.maximum(n - 2, 0))",
+    ),
+    "steps past the end take the first b": (
+        "tl.minimum(t, n - 1)[:, None]",
+        "tl.where(t < n, t, 0)[:, None]",
     ),
     "wrong group for q": ("i_h // (H // HQ)", "i_h % HQ"),
     "wrong group for k": ("i_h // (H // HK)", "i_h % HK"),
     "wrong group for log_a": ("i_h // (H // HB)", "i_h % HB"),
     "wrong group for x in d log a": ("i_h // (H // HX)", "i_h % HX"),
+    "d log a: sum forward in time": ("(q_dq - k_dk).flip(1).cumsum(1).flip(1)", "(q_dq - k_dk).cumsum(1)"),
     "d log a: sum without the step itself": (
-        "tl.cumsum(change, 0, reverse=True)",
-        "(tl.cumsum(change, 0, reverse=True) - change)",
+        "(q_dq - k_dk).flip(1).cumsum(1).flip(1)",
+        "((q_dq - k_dk).flip(1).cumsum(1).flip(1) - (q_dq - k_dk))",
     ),
-    "d log a: sum not carried to the next chunk": (
-        "later += tl.sum(change, 0, keep_dims=True)",
-        "later += 0.0",
+    "d log a: k added instead of taken away": ("(q_dq - k_dk)", "(q_dq + k_dk)"),
+    "d log a: the final state left out": (".flip(1) + last", ".flip(1) + 0 * last"),
+    "d log a: what step T writes and R_T reads stays in k * dk": ("k_dk[:, -1] = 0", "k_dk[:, -1] *= 1"),
+    "d log a: what step T writes and R_T reads stays in the state": (
+        "tl.where(t0 + t[:, None] < T - 1, k_t, 0.0)",
+        "tl.where(t0 + t[:, None] < T, k_t, 0.0)",
     ),
-    "d log a: last step of k not left out": ("tl.where(inner, xdx, 0.0)", "xdx"),
-    "d log a: anchor keeps the last k v^T": ("k_out = tl.where(inner, k_t, 0.0)", "k_out = k_t"),
-    "d log a: anchor of another head": (
-        "end_sum + (i_bs * H + i_h) * V",
-        "end_sum + (i_bs * H + (i_h + 1) % H) * V",
+    "d log a: one step too many left out of the state": (
+        "t[:, None] < T - 1, k_t",
+        "t[:, None] < T - 2, k_t",
     ),
-    "d log a: partial sums of the blocks not added": ("dlog_a = dlog_a.sum(2)", "dlog_a = dlog_a[:, :, 0]"),
+    "d log a: partial sums of the blocks not added": ("x_o = x_o.sum(3, keepdim=True)", "x_o = x_o[..., :1]"),
+    "d log a: sum of the final state over a wrong axis": (
+        "(before_T * dfinal.mT).sum(2)[:, None]",
+        "(before_T * dfinal.mT).sum(3)[:, None, :, : b.shape[3]].expand(-1, -1, -1, b.shape[3])",
+    ),
     "heads that share a tensor: first one only": (
         "(x.shape[2], -1)).sum(3, dtype=torch.float32).to(x.dtype)",
         "(x.shape[2], -1))[:, :, :, 0]",
     ),
-    "dq ignores the initial state": ("b, S.mT, tile, decay_mT", "b, 0 * S.mT, tile, decay_mT"),
-    "dk ignores the gradient of the final state": ("b, R.mT, tile, decay_mT", "b, 0 * R.mT, tile, decay_mT"),
-    "dv runs forward in time": (
-        "launch_kernel(k, q, do, b, R, tile, decay, reverse=True",
-        "launch_kernel(k, q, do, b, R, tile, decay, reverse=False",
-    ),
-    "segments chained in the wrong order": (
-        "reversed(range(segments)) if reverse else",
-        "range(segments) if reverse else",
-    ),
-    "segments enter with the wrong state": ("    return enter\n", "    return enter.roll(1, 1)\n"),
-    "a segment's decay misses its last chunk": ("decays[i].sum(1)", "decays[i][:, :-1].sum(1)"),
-    "segments start at the wrong step": ("start = i_s * segment", "start = i_s * (segment - 1)"),
+    "dq ignores the initial state": ("b, state.mT, ctx.tile", "b, 0 * state.mT, ctx.tile"),
+    "dk ignores the gradient of the final state": ("b, dfinal.mT, ctx.tile", "b, 0 * dfinal.mT, ctx.tile"),
+    "dv runs forward in time": ("ctx.tile, decay, reverse=True", "ctx.tile, decay, reverse=False"),
+    "dk runs forward in time": ("decay_mT, reverse=True, x=k", "decay_mT, reverse=False, x=k"),
     "strides of a transposed state ignored": (
-        "c_k[:, None] * enter_k + c_v[None, :] * enter_v",
+        "c_k[:, None] * state_k + c_v[None, :] * state_v",
         "c_k[:, None] * V + c_v[None, :]",
     ),
     "value heads put together in the wrong order": (

@@ -4,7 +4,10 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import tiktoken
 import torch
 
 import lengthgen as lg
+import train
 
 BOS, SEP = 256, 257  # of the byte tokenizer
 
@@ -213,6 +217,8 @@ def test_a_bin_of_nanogpt_ends_its_documents_with_50256(tmp_path, monkeypatch, w
     assert corpus.bos == 50256
     assert corpus.vocab_size == (words if tokenizer == "bytes" else 50257)
     assert len(lg.Rows(corpus, "train", 1, False, 0).begins) == 28  # 27 documents, and the empty one before
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=words))
+    train.check_vocabulary(model, corpus, "nanoGPT's model")  # no error
 
 
 @pytest.mark.parametrize("paths", [["train.bin", "val.bin"], ["."], ["*.bin"], ["val.bin", "train.bin"]])
@@ -224,6 +230,10 @@ def test_train_bin_and_val_bin_are_read_as_nanogpt_reads_them(tmp_path, paths):
     corpus = lg.load_corpus([str(tmp_path / path) for path in paths])
     assert corpus.train.tolist() == list(range(100)) and corpus.val.tolist() == list(range(50, 80))
     assert corpus.words == 100
+    if paths == ["."]:  # where else its text would be read
+        (tmp_path / "train.bin").unlink()
+        with pytest.raises(ValueError, match="stands alone, or is train.bin beside val.bin"):
+            lg.load_corpus(str(tmp_path))
 
 
 def npy(file, tokens):
@@ -321,3 +331,41 @@ def test_a_tokenizer_that_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatc
         match=r"^gpt2 cannot be read as a tokenizer.*: ConnectionError: a long story in two lines$",
     ):
         lg.load_corpus([write(tmp_path, {"a": "x"})], "gpt2")
+
+
+STRANGE = "before\u2028between\u0085after \u00fc"  # raw, they end a line for str.splitlines
+
+
+@pytest.mark.parametrize("form", ["a list", "lines", "lines and blank ones"])
+def test_babilong_files_are_utf8_and_only_a_newline_ends_a_line(tmp_path, form):
+    """In a process of its own, whose own encoding is ASCII; with a mark of the byte order in front."""
+    entry = dict(input=f" {STRANGE} ", question=" Where? ", target=" office ")
+    entries = [json.dumps(entry, ensure_ascii=False)] * 2
+    text = {"a list": f"[{', '.join(entries)}]", "lines": "\n".join(entries) + "\n"}
+    text["lines and blank ones"] = "\n".join([entries[0], "", " \t", entries[1]])
+    (tmp_path / "qa1.json").write_bytes(b"\xef\xbb\xbf" + text[form].encode())
+    code = "import sys, lengthgen as lg; print(ascii(lg.read_babilong(sys.argv[1], 9)))"
+    environment = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    command = [sys.executable, "-c", code, str(tmp_path / "qa1.json")]
+    root = pathlib.Path(lg.__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == ascii([(f"{STRANGE} Where?", "Where?", "office")] * 2)
+
+
+def test_lines_of_a_jsonl_may_hold_other_ends_of_lines_and_a_mark_of_the_byte_order(tmp_path):
+    line = json.dumps({"text": STRANGE}, ensure_ascii=False)
+    path = write(tmp_path, {"a.jsonl": b"\xef\xbb\xbf" + f"{line}\r\n\r\n".encode() + line.encode()})
+    corpus = lg.load_corpus([path])
+    assert (b"".join(documents(corpus.train)) + b"".join(documents(corpus.val))).decode() == STRANGE
+
+
+def test_a_foreign_vocabulary_gains_and_loses_no_word(tmp_path):
+    """A model of 300 words reads all of them, and its border is one of them."""
+    path = write_tokens(tmp_path / "a.bin", np.arange(3000) % 300)
+    for vocab_size in (None, 300):
+        corpus = lg.load_corpus(path, "bytes", vocab_size)
+        assert (corpus.words, corpus.vocab_size) == (300, 300)
+        assert max(corpus.bos, corpus.sep) < 300
+    tokens, _ = lg.echo(lg.Rows(corpus, "train", 64, False, 0), 50)
+    assert tokens.max() == 299
