@@ -755,7 +755,8 @@ def main(argv=None):
     else:
         recipe = "base of mixed" if args.task == "mixed" else "base"
         own = () if args.intervention else OWN  # given with a cure, steps, lr and so on are the cure's
-        losses = run(args, settings_of(args, corpus, recipe, own), model, corpus, base_folder, device)
+        settings = settings_of(args, corpus, recipe, own)
+        losses = train_and_measure(args, settings, model, corpus, base_folder, device)
     found = {"base": losses}
 
     # the cure
@@ -765,11 +766,10 @@ def main(argv=None):
         if size > LARGE:
             model.config.recompute = True
             print_once("memory: each layer is computed again in the backward pass, or it would not fit")
-            settings.accumulate = args.accumulate or math.ceil(
-                TOKENS_LARGE / (settings.batch * args.T * RANKS)
-            )
+            tokens = settings.batch * args.T * RANKS  # of a step without accumulation
+            settings.accumulate = args.accumulate or math.ceil(TOKENS_LARGE / tokens)
         print_once(f"post-training: {', '.join(f'{name} {value}' for name, value in vars(settings).items())}")
-        found[label] = run(args, settings, model, corpus, folder, device)
+        found[label] = train_and_measure(args, settings, model, corpus, folder, device)
 
     # the table, a verdict, the picture, and what to try next
     if RANK == 0:
@@ -785,11 +785,11 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def run(args, settings, model, corpus, folder, device):
-    """Train the model where that is not finished, and measure it. Returns the losses by position."""
+def train_and_measure(args, settings, model, corpus, folder, device):
+    """Train the model where that is not finished. Returns its losses by position."""
     with alone_in(folder) as signals:
         train(model, corpus, settings, folder, device, signals, args.compile)
-        return measured(folder, loss_by_position, model, corpus, args.T, args.task)
+    return measured(folder, loss_by_position, model, corpus, args.T, args.task)
 
 
 def run_command(main):
