@@ -773,14 +773,13 @@ def babilong(rows, T):
     return tokens, part
 
 
-# name: (function, default T, names of the parts, how much the loss on all targets adds to that on the parts)
-TASKS = {
-    "echo": (echo, 50, ("text", "echo"), 0.0),
-    "mixed": (mixed, 50, ("text", "echo"), 0.0),
-    "text": (text, 256, ("text",), 0.0),
-    "copy": (copy, 64, ("copy", "stop"), 0.0),
-    "passkey": (passkey, 160, ("mention", "key"), 0.1),  # which teaches the filler
-    "babilong": (babilong, 144, ("answer",), 0.0),
+TASKS = {  # name: (function, default T, names of the parts)
+    "echo": (echo, 50, ("text", "echo")),
+    "mixed": (mixed, 50, ("text", "echo")),
+    "text": (text, 256, ("text",)),
+    "copy": (copy, 64, ("copy", "stop")),
+    "passkey": (passkey, 160, ("mention", "key")),
+    "babilong": (babilong, 144, ("answer",)),
 }
 
 
@@ -808,16 +807,9 @@ def stream(task, rows, T, windows):
 # ---- 6. The measures ----
 
 
-def masked_loss(logits, targets, part, share=0.0):
-    """Mean float32 cross-entropy, nats, where part is not 0, plus a share of the mean over all targets.
-
-    logits (B, T, C), targets and part (B, T)
-    """
-    logits = logits.float().flatten(0, 1)
-    loss = F.cross_entropy(logits, targets.masked_fill(part == 0, -100).flatten())
-    if share > 0:
-        loss = loss + share * F.cross_entropy(logits, targets.flatten())
-    return loss
+def masked_loss(logits, targets, part):
+    """Mean float32 cross-entropy, nats, where part is not 0. logits (B, T, C), targets and part (B, T)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.masked_fill(part == 0, -100).flatten())
 
 
 @torch.no_grad()
@@ -873,7 +865,7 @@ def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=N
     The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, for plain text also at 1/8, 1/4 and 1/2 T. The loss of a
     range without targets is NaN. The streams are shorter than `windows` T where the text is (see stream).
     """
-    task, _, parts, *_ = TASKS[task_name]
+    task, _, parts = TASKS[task_name]
     tokens, part = stream(task, Rows(corpus, "val", B, continues=True, seed=seed), T, windows)
     windows = part.shape[1] // T
 

@@ -257,7 +257,7 @@ def train(model, corpus, s, folder, device, signals, compile=False):
     signals: a list that is empty until somebody asks to stop after the step in work, with a checkpoint
     """
     torch.manual_seed(s.seed)
-    task, _, _, share = lg.TASKS[s.task]
+    task, _, _ = lg.TASKS[s.task]
     intervention, _ = lg.INTERVENTIONS[s.intervention]
     if s.intervention == "random_noise":
         intervention = functools.partial(intervention, std=s.noise_std)
@@ -293,7 +293,7 @@ def train(model, corpus, s, folder, device, signals, compile=False):
             part = torch.from_numpy(part).to(device)
             with autocast:
                 logits, final_state = forward(tokens[:, :-1], carried.states[slot])
-            loss = lg.masked_loss(logits, tokens[:, 1:], part, share) / s.accumulate
+            loss = lg.masked_loss(logits, tokens[:, 1:], part) / s.accumulate
             loss.backward()
             step_loss += loss.detach()
 
@@ -420,10 +420,9 @@ MODEL = (lg.LanguageModel.__init__, lg.LanguageModel.forward, *kernels.BACKENDS.
 
 def describe_run(s, model, corpus):
     """What makes a run this run, before its first step: settings, config, and checksums of the rest."""
-    task, _, _, share = lg.TASKS[s.task]
+    task, _, _ = lg.TASKS[s.task]
     intervention, _ = lg.INTERVENTIONS[s.intervention]
     made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task, intervention)
-    made_from["share of the loss on all targets"] = share
     made_from["text"] = corpus.checksum
     made_from[BASE] = checksum(model)
     return dict(settings=vars(s), config=asdict(model.config), made_from=made_from)

@@ -232,7 +232,7 @@ def test_train_bin_and_val_bin_are_read_as_nanogpt_reads_them(tmp_path, paths):
     assert corpus.words == 100
     if paths == ["."]:  # where else its text would be read
         (tmp_path / "train.bin").unlink()
-        with pytest.raises(ValueError, match="stands alone, or is train.bin beside val.bin"):
+        with pytest.raises(ValueError, match=r"stands alone, or is train\.bin beside val\.bin"):
             lg.load_corpus(str(tmp_path))
 
 

@@ -120,7 +120,7 @@ def test_position_wise_loss_is_the_mean_over_each_range_and_part(task_name, T, w
     """Each range and part against the uncut streams, target by target."""
     model, corpus = make_model(), make_corpus()
     got = lg.position_wise(model, task_name, corpus, T, 5, windows, seed=3)
-    function, _, parts, _ = lg.TASKS[task_name]
+    function, _, parts = lg.TASKS[task_name]
     tokens, part = lg.stream(function, lg.Rows(corpus, "val", 5, True, 3), T, windows)
     losses = plain_losses(model, tokens)
     ends = [1, 2, 3, 4, 5] if windows == 5 else [1]

@@ -193,7 +193,7 @@ def test_a_stream_of_text_is_the_text():
 
 @pytest.mark.parametrize("name", lg.TASKS)
 def test_defaults_fit_their_tasks_and_parts_are_named(name):
-    function, T, parts, _ = lg.TASKS[name]
+    function, T, parts = lg.TASKS[name]
     tokens, part = function(lg.Rows(small("0123456789" * 100), "train", 4, False, seed=0), T)
     assert tokens.shape == (4, T + 1)
     assert set(np.unique(part)) - {0} == set(range(1, len(parts) + 1))

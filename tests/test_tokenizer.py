@@ -1,4 +1,4 @@
-"""Any tokenizer.json is read: byte-level as GPT-NeoX's, sentencepiece-like as Llama's; text comes back whole."""
+"""Any tokenizer.json is read, byte-level or sentencepiece-like, and text comes back whole."""
 
 import json
 import unicodedata
@@ -223,7 +223,7 @@ def test_a_damaged_file_is_one_clear_error(spoil, tmp_path):
     tokenizer = json.loads(file.read_text())
     spoil(tokenizer)
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="tokenizer.json cannot be read as a tokenizer") as caught:
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer") as caught:
         lg.load_tokenizer(str(file))
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
 
