@@ -350,11 +350,12 @@ if triton is not None:
         HX: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
         BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
     ):  # fmt: skip
-        """A launch, in the letters of its role. H heads run; q has HQ heads, k has HK, v, b and x likewise.
+        """One role of the table in TritonScan; q, k, v and o mean what they mean in that role.
 
-        A program owns BLOCK value columns of one head and walks through the chunks, its piece of the state in
-        registers: none goes to memory on the way, no two programs add to one number, and every run gives the
-        same bits. In a chunk, with S entering and "before" meant in the time of the launch:
+        There are H heads of the state; q has HQ heads, k has HK, v has HV, b has HB and x has HX. A program
+        owns BLOCK columns of the state of one head. It walks through the chunks and keeps its piece of the
+        state in registers. No two programs write to the same place, so every run gives the same bits. In a
+        chunk, with S the state that enters, and "before" meant in the direction of time of this role:
 
             o_t = sum_{s = t or before} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t
             S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T
@@ -363,7 +364,8 @@ if triton is not None:
             forward   e^(b_t - b_s)    e^(b_t)          e^(b_L - b_s)
             reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
         """
-        # Where this program works. A 1-d grid, as the other axes stop at 65535; offsets in 64 bits
+        # Which row of the batch, head and columns are this program's. The grid has one axis, because the
+        # others stop at 65535 on a GPU
         BLOCKS: tl.constexpr = V // BLOCK
         dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)
@@ -374,7 +376,7 @@ if triton is not None:
         c_v = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
         c_b = c_v if DECAY == "value" else tl.arange(0, N)
 
-        # Pointers into (B, T, heads, size) at this batch row and head; the loop adds the steps
+        # Pointers to this row and head of tensors (B, T, heads, size); the loop adds the steps
         q += (i_b * T * HQ + i_h // (H // HQ)) * K + c_k[None, :]
         k += (i_b * T * HK + i_h // (H // HK)) * K + c_k[None, :]
         v += (i_b * T * HV + i_h // (H // HV)) * V + c_v[None, :]
@@ -390,7 +392,7 @@ if triton is not None:
             n = tl.minimum(T - t0, L).to(tl.int32)
             real = t[:, None] < n
 
-            # Load. Steps past the end repeat the last b, because 0 would give e^(+large) * 0 in reverse time
+            # Load it. Steps past the end repeat the last b: 0 would give e^(+large) * 0 in reverse time
             q_t = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
             k_t = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K), mask=real, other=0.0)
             v_t = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V), mask=real, other=0.0)
@@ -399,7 +401,7 @@ if triton is not None:
             c_in = tl.exp2(b_L - b_t if REVERSE else b_t)
             c_out = tl.exp2(b_t if REVERSE else b_L - b_t)
 
-            # y (L, BLOCK): what q reads of the state that enters, and of the pairs s before t
+            # y (L, BLOCK): what q reads from the state that enters and from the steps s before t
             if DECAY == "scalar":
                 gap = tl.trans(b_t) - b_t if REVERSE else b_t - tl.trans(b_t)
                 A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
@@ -427,7 +429,7 @@ if triton is not None:
                     A_mid = tl.where(parted, A, 0.0).to(dtype)
                     y += tl.dot(A_mid, (v_t * to_mid).to(dtype), input_precision="ieee") * to_mid
 
-            # For d log a: x * y without the pair s = t. Then the output, with it
+            # For d log a, x * y. Then the output, to which step t itself adds (q_t . k_t) v_t
             if x is not None:
                 p_x = ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + c_v[None, :]
                 x_y = y * tl.load(x + p_x, mask=real, other=0.0)
@@ -440,7 +442,7 @@ if triton is not None:
             p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
             tl.store(o + p_o, y.to(dtype), mask=real)
 
-            # The state decays to the end of the chunk and takes in k v^T; in role dq all but that of step T
+            # The state decays to the end of the chunk and takes in k v^T, in role dq without that of step T
             if x is not None and not REVERSE:
                 k_t = tl.where(t0 + t[:, None] < T - 1, k_t, 0.0)
             if DECAY == "key":
@@ -455,7 +457,8 @@ if triton is not None:
 
     @triton.jit
     def halves(b, t, t0, n, b_t, stride, half, earlier):
-        """Decays to the midpoint of each step's pair of halves, and which pairs s, t that midpoint parts."""
+        """One level of decayed_scores: the decay (L, N) of each step to or from its midpoint, and a mask (L, L)
+        of the pairs s, t that a midpoint parts."""
         pair = t // (2 * half)
         second = t % (2 * half) >= half
         mid = tl.minimum(pair * (2 * half) + half - 1, n - 1)

@@ -93,7 +93,7 @@ class LayerState(NamedTuple):
     """What one layer remembers: all that its future outputs can know of the past.
 
     conv: (B, d_conv-1, channels), the last *inputs* of the causal convolution; None where there is none
-    scan: (B, H, K, V), the S of the recurrence; float32, in a float64 model float64
+    scan: (B, H, K, V), the S of the recurrence; float32, or float64 where the weights are float64
     """
 
     conv: torch.Tensor | None
@@ -1319,7 +1319,7 @@ KINDS = {
     "gla": ("gla", FLA, (), {}),
 }
 
-# settings that change the formulas: the values that our formulas stand for, first that of a missing setting
+# settings that change the formulas, with the values that ours have; the first is that of a missing setting
 ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
 OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
 NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")

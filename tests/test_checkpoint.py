@@ -337,6 +337,33 @@ def test_what_a_library_cannot_hold_is_refused_and_nothing_written(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", lg.CHECKPOINT])
+def test_a_full_disk_is_said_so_and_leaves_no_file(tmp_path):
+    """/dev/full is a disk without room, which every write to it finds out."""
+    model = make_model("mamba2")
+    before = b"the one before"
+    for name in ("pytorch_model.bin", "config.json"):
+        (tmp_path / name).write_bytes(before)
+        (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+        with pytest.raises(ValueError, match=f"{name} cannot be written: .*No space left on device"):
+            model.save_pretrained(str(tmp_path))
+        assert (tmp_path / name).read_bytes() == before
+        assert not os.path.lexists(tmp_path / f"{name}.tmp")
+
+
+def test_what_cannot_be_printed_in_a_narrow_encoding_is_replaced(tmp_path):
+    """`eval.py sample > file` prints the sample all the same."""
+    model = make_model("mamba2", vocab_size=258).float()
+    settings = dict(task="text", T=8, tokenizer="bytes")
+    saved = dict(config=lg.asdict(model.config), model=model.state_dict(), settings=settings)
+    torch.save(saved, tmp_path / lg.CHECKPOINT)
+    command = [sys.executable, evaluate.__file__, "sample", "--init", str(tmp_path), "--device", "cpu"]
+    command += ["--prompt", "caf\u00e9 \u6771", "--tokens", "40"]
+    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "\ncaf? ?" in done.stdout and len(done.stdout.split("caf? ?")[1]) > 10
+
+
 def test_a_folder_with_weights_that_would_be_read_instead_is_left_alone(file, tmp_path):
     first, second = make_model("mamba2"), make_model("mamba2")
     first.save_pretrained(str(tmp_path))

@@ -336,21 +336,29 @@ def test_a_tokenizer_that_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatc
 STRANGE = "before\u2028between\u0085after \u00fc"  # raw, they end a line for str.splitlines
 
 
-@pytest.mark.parametrize("form", ["a list", "lines", "lines and blank ones"])
-def test_babilong_files_are_utf8_and_only_a_newline_ends_a_line(tmp_path, form):
+def test_babilong_files_are_utf8_and_only_a_newline_ends_a_line(tmp_path):
     """In a process of its own, whose own encoding is ASCII; with a mark of the byte order in front."""
     entry = dict(input=f" {STRANGE} ", question=" Where? ", target=" office ")
-    entries = [json.dumps(entry, ensure_ascii=False)] * 2
-    text = {"a list": f"[{', '.join(entries)}]", "lines": "\n".join(entries) + "\n"}
-    text["lines and blank ones"] = "\n".join([entries[0], "", " \t", entries[1]])
-    (tmp_path / "qa1.json").write_bytes(b"\xef\xbb\xbf" + text[form].encode())
-    code = "import sys, lengthgen as lg; print(ascii(lg.read_babilong(sys.argv[1], 9)))"
+    entry = json.dumps(entry, ensure_ascii=False)
+    forms = [
+        f"[{entry}, {entry}]",
+        f"{entry}\n{entry}\n",
+        f"{entry}\n\n \t\n{entry}",
+        f"{entry}\r\n{entry}\r\n",
+    ]
+    files = []
+    for i, form in enumerate(forms):
+        files.append(str(tmp_path / f"qa{i}.json"))
+        pathlib.Path(files[i]).write_bytes(b"\xef\xbb\xbf" + form.encode())
+    code = "import sys, lengthgen as lg; print(ascii([lg.read_babilong(file, 9) for file in sys.argv[1:]]))"
     environment = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    command = [sys.executable, "-c", code, str(tmp_path / "qa1.json")]
     root = pathlib.Path(lg.__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *files], capture_output=True, text=True, env=environment, cwd=root
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == ascii([(f"{STRANGE} Where?", "Where?", "office")] * 2)
+    wanted = [(f"{STRANGE} Where?", "Where?", "office")] * 2
+    assert done.stdout.strip() == ascii([wanted] * len(forms))
 
 
 def test_lines_of_a_jsonl_may_hold_other_ends_of_lines_and_a_mark_of_the_byte_order(tmp_path):

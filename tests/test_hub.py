@@ -284,8 +284,8 @@ def test_from_the_hub_to_the_cured_file_that_transformers_loads(hub, tmp_path):
     ):  # 23 runs of spaces, the last words as in GPT-NeoX
         token["id"] = 50277 - 23 + i
     file.write_text(json.dumps(tokenizer))
-    (tmp_path / "text.txt").write_text("a test of text. " * 68)  # so few that the streams are one T long
-    sizes = "--data text.txt --T 64 --device cpu"
+    (tmp_path / "text.txt").write_text("a test of text. " * 12)  # so few that the streams are one T long
+    sizes = "--data text.txt --T 8 --device cpu"
     command = f"--init someone/mamba2-130m --intervention state_passing --steps 2 --batch 2 {sizes}"
     done = run([ROOT / "train.py", *command.split()], environment, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
