@@ -457,7 +457,7 @@ if triton is not None:
 
     @triton.jit
     def halves(b, t, t0, n, b_t, stride, half, earlier):
-        """One level of decayed_scores: the decay (L, N) of each step to or from its midpoint, and a mask (L, L)
+        """One level of decayed_scores: the decay (L, N) between each step and its midpoint, and a mask (L, L)
         of the pairs s, t that a midpoint parts."""
         pair = t // (2 * half)
         second = t % (2 * half) >= half

@@ -263,6 +263,7 @@ class Mamba1(nn.Module):
         # sizes
         self.H = config.expand * config.d_model
         self.K = config.d_state
+        self.V = 1
         self.d_conv = config.d_conv
         self.dt_rank = config.dt_rank
         self.backend = config.backend
@@ -1444,6 +1445,8 @@ def import_settings(settings):
         if name not in names + names_in_ssm_cfg:
             ignored.append(name)
         elif value not in (None, "auto"):
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"its {name} is {value!r}, expected a number")
             config[OURS.get(name, name)] = value
     if ignored:
         print(f"config.json: settings that are unknown here and ignored: {', '.join(ignored)}", flush=True)

@@ -89,6 +89,7 @@ def between(kind, lowest, highest):
 positive = between(int, 1, 10**8)
 seed = between(int, 0, 2**32 - 1)
 share = between(float, 0, 1)
+rate = between(float, 1e-30, 1e38)
 not_negative = between(float, 0, 1e6)
 
 SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings of a base that its cures share
@@ -105,7 +106,7 @@ def parse_arguments(argv):
     p.add_argument("--T", type=positive, help="training length in tokens (that of the task, or of --init)")
     p.add_argument("--init", metavar="NAME", help="start from this run, or a checkpoint on disk or the hub")
     p.add_argument("--steps", type=positive, help="optimizer steps (base 1400, of mixed 1840; then 500)")
-    p.add_argument("--lr", type=share, help="peak (base 3e-3, of mixed 5e-3; then 1e-3; official 5e-5)")
+    p.add_argument("--lr", type=rate, help="peak (base 3e-3, of mixed 5e-3; then 1e-3; official 5e-5)")
     p.add_argument("--batch", type=positive, help="rows of a micro-batch on each rank (64; official sizes 8)")
     p.add_argument("--accumulate", type=positive, help="micro-batches of a step (1; official: 0.5M tokens)")
     p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
@@ -392,6 +393,7 @@ def load_run(folder, run, model, optimizer, carried):
     check_same_run(saved, run, folder)
     with lg.reading(folder, "a run of train.py"):
         step, seconds = saved["step"], saved["seconds"]
+        assert 0 < step <= run["settings"]["steps"], f"it claims to be at step {step}"
         model.load_state_dict(saved["model"])
         if step == run["settings"]["steps"]:  # perhaps of another device or more ranks, and only looked at
             return step, seconds
@@ -522,7 +524,7 @@ def loss_by_position(model, corpus, T, task, B=None, windows=64):
     """The loss by position of B streams of up to `windows` T. B None: fewer streams where T is long."""
     if B is None:
         B = max(16, min(256, 12800 // T))
-    panels = lg.position_wise(model, task, corpus, T, B, windows, progress=Progress())
+    panels = lg.position_wise(model, task, corpus, T, B, windows=windows, progress=Progress())
     x = panels.pop("x")
     if x[-1] < windows:
         print_once(f"the streams end at {x[-1]} T, not {windows} T: {len(corpus.val):,} tokens are held out")

@@ -1,5 +1,6 @@
 """Damaged files of every kind are refused or read, in 5 s each and 1.5 GB: python tests/fuzz_files.py 4000"""
 
+import argparse
 import json
 import random
 import sys
@@ -11,7 +12,8 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_checkpoint import make_tokenizer, save_gla
+from test_checkpoint import save_gla
+from test_tokenizer import make_sentencepiece, make_tokenizer
 
 import eval as ev
 import lengthgen as lg
@@ -19,14 +21,25 @@ import train
 
 BAD = [None, True, -1, 0, 2, 1.5, 10**30, 1e308, float("nan"), "", "x" * 2000, "\ud800", [], {}, [[1], 2]]
 BAD_TENSORS = [torch.zeros(3), torch.ones(1).expand(8, 8), -torch.ones(2).long(), torch.eye(2).to_sparse()]
-CORPUS, DRAW, CPU = lg.load_corpus([__file__]), ev.draw_panels, torch.device("cpu")
-ev.default_corpus = lambda: CORPUS
-ev.MEASURES["state"] = (ev.measure_state, dict(B=2, windows=2), "", "")
+CORPUS = lg.load_corpus([__file__, lg.__file__])
+CPU = torch.device("cpu")
+DRAW = train.draw
+
+
+def few_states(model, corpus, T, task):
+    return ev.state(model, corpus, T, task, B=2)
+
+
+ev.FIGURES["state"] = ("", "echo", [(few_states, "echo", ev.PAIR)])
+train.sources = lambda *parts, **modules: {}  # the source stays as it is, and takes most of the time
 
 
 def run(folder, steps):
-    s = dict(task="text", T=8, batch=2, accumulate=2, seed=0, ranks=1, data=CORPUS.name, steps=steps, lr=1e-3)
-    s.update(intervention="tbtt", zero_prob=0.5, carry="full", hold=0.0, compile=False)
+    """Train a tiny model, or go on with it."""
+    s = argparse.Namespace(**train.DEFAULTS, **train.RECIPES["cure"], model="tiny", task="text", T=8, seed=0)
+    vars(s).update(steps=steps, batch=2, accumulate=2, intervention="fitted_noise", tokenizer="bytes")
+    vars(s).update(ranks=1, init="a base", data=CORPUS.name)
+    torch.manual_seed(0)
     config = lg.ModelConfig(vocab_size=258, d_model=8, n_layer=1, d_state=4, headdim=8)
     train.train(lg.LanguageModel(config), CORPUS, s, str(folder), CPU, signals=[])
 
@@ -42,12 +55,13 @@ def replace_one_part(nest, rng, bad):
 
 
 def damage(file, data, rng):
-    """Change what a file means, or its bytes."""
-    if file.name in (lg.CHECKPOINT, lg.WEIGHTS[-1]) and rng.random() < 0.5:
+    """Change what a file of others means, or the bytes of any file."""
+    own = "figure" in file.parts or "run" in file.parts  # these are read, not examined
+    if file.name == "pytorch_model.bin" and rng.random() < 0.5:
         value = torch.load(file)
         replace_one_part(value, rng, BAD + BAD_TENSORS)
         torch.save(value, file)
-    elif file.suffix == ".json" and rng.random() < 0.5:
+    elif file.suffix == ".json" and not own and rng.random() < 0.5:
         value = json.loads(data)
         replace_one_part(value, rng, [*BAD, "DEEP"])
         file.write_text(json.dumps(value).replace('"DEEP"', rng.choice([10**5, 600]) * "[" + "]" * 600))
@@ -59,11 +73,13 @@ def damage(file, data, rng):
 
 
 def read(folder, file, i):
-    ev.draw_panels = DRAW if i % 10 == 0 else lambda *_: None  # which takes most of the time
+    train.draw = DRAW if i % 10 == 0 else lambda *_: None  # which is slow
     if folder.name == "figure":
-        ev.draw("state", ev.parse_arguments(["--out", str(folder)]), CPU)
-    elif folder.name == "tokenizer":
-        lg.load_corpus(__file__, str(folder))
+        ev.draw("state", ev.parse_arguments(["--out", str(folder)]), CORPUS, CPU)
+    elif folder.name in ("tokenizer", "sentencepiece"):
+        lg.load_tokenizer.cache_clear()
+        corpus = lg.load_corpus(__file__, str(folder))
+        corpus.decode(corpus.train[:100].tolist())
     elif folder.name == "text":
         lg.text(lg.Rows(lg.load_corpus(file), "train", 2, False, 0), 4)
     elif folder.name == "babilong":
@@ -78,7 +94,10 @@ n, refused = int(sys.argv[1]), 0
 with tempfile.TemporaryDirectory() as root, open("/dev/null", "w") as sys.stdout:
     root = Path(root)
     base = root / "figure" / "mamba2-echo-base-s0"
-    for folder in (base, *(root / kind for kind in "run safetensors tokenizer text babilong".split())):
+    for folder in (
+        base,
+        *(root / kind for kind in "run safetensors tokenizer sentencepiece text babilong".split()),
+    ):
         folder.mkdir(parents=True)
     run(base, steps=2)
     read(root / "figure", None, 1)
@@ -88,6 +107,7 @@ with tempfile.TemporaryDirectory() as root, open("/dev/null", "w") as sys.stdout
     lg.LanguageModel.from_pretrained(base).save_pretrained(root / "bin")
     save_gla(root / "safetensors", shards=2)
     make_tokenizer(root / "tokenizer")
+    make_sentencepiece(root / "sentencepiece")
     (root / "text" / "a.jsonl").write_text('{"text": "some text, é"}\n' * 9)
     (root / "text" / "a.bin").write_bytes(bytes(range(200)))
     (root / "babilong" / "qa1.json").write_text('[{"input": "x", "question": "y", "target": "z"}]')

@@ -336,7 +336,6 @@ def test_what_a_library_cannot_hold_is_refused_and_nothing_written(tmp_path):
         make_model("mamba2").save_pretrained(str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", lg.CHECKPOINT])
 def test_a_full_disk_is_said_so_and_leaves_no_file(tmp_path):
     """/dev/full is a disk without room, which every write to it finds out."""
     model = make_model("mamba2")
@@ -364,6 +363,7 @@ def test_what_cannot_be_printed_in_a_narrow_encoding_is_replaced(tmp_path):
     assert "\ncaf? ?" in done.stdout and len(done.stdout.split("caf? ?")[1]) > 10
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", lg.CHECKPOINT])
 def test_a_folder_with_weights_that_would_be_read_instead_is_left_alone(file, tmp_path):
     first, second = make_model("mamba2"), make_model("mamba2")
     first.save_pretrained(str(tmp_path))
