@@ -213,10 +213,14 @@ FIGURES = {  # name: (title, experiment of PLAN, what is drawn: (measure, task o
 # ---- 2. Drawing the runs that are there ----
 
 
+class MissingRuns(ValueError):
+    """A figure has no finished runs to draw."""
+
+
 def draw(name, args, corpus, device):
     """Draw one figure of the runs under --out, print its numbers, and add them to results.json.
 
-    Raises FileNotFoundError if there is no run for it.
+    Raises MissingRuns if there is no run for it.
     """
     title, _, blocks = FIGURES[name]
     panels = []
@@ -231,7 +235,7 @@ def draw(name, args, corpus, device):
                     found.setdefault(label, []).append(measurement)
         if not found:
             command = f"python eval.py reproduce {name} --model {args.model} --out {args.out}"
-            raise FileNotFoundError(f"no finished run of {args.model} on {task}, make it with: {command}")
+            raise MissingRuns(f"no finished run of {args.model} on {task}, make it with: {command}")
         panels += train.panels_of(found, args.seeds)
     path = os.path.join(args.out, "figures", f"{args.model}-{name}.png")
     train.draw(panels, path, f"{title}\n{args.model}, {args.seeds} seed{'s' * (args.seeds > 1)}")
@@ -456,7 +460,7 @@ def main(argv=None):
     for name in asked or FIGURES:
         try:
             draw(name, args, corpus, device)
-        except FileNotFoundError as error:
+        except MissingRuns as error:
             if asked:
                 raise
             print(f"{name}: left out, {error}")

@@ -465,33 +465,41 @@ def sources(*roots, modules=("kernels", "lengthgen")):
             part = part.func
         if part.__qualname__ in found:
             continue
-        source = source_of(part)
-        found[part.__qualname__] = zlib.crc32(source.encode())
-        try:
-            tree = ast.parse(textwrap.dedent(source))
-        except SyntaxError:  # of a lambda, whose source is a piece of a statement
-            continue
+        found[part.__qualname__], names = read_source(part)
 
-        # what the names in it stand for, alone or behind the name of a module
+        # what the names in it stand for: functions and classes, which are read in turn, and constants
         namespace = vars(sys.modules[part.__module__])
-        for node in ast.walk(tree):
-            used = None
-            if isinstance(node, ast.Name):
-                used = namespace.get(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                used = getattr(namespace.get(node.value.id), node.attr, None)
+        for name in names:
+            first, _, attribute = name.partition(".")
+            used = namespace.get(first)
+            if attribute:
+                used = getattr(used, attribute, None)
             used = getattr(used, "fn", used)  # the function of a Triton kernel
             if (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ in modules:
                 waiting.append(used)
-            elif isinstance(used, (int, float, str, tuple)) and not hasattr(used, "_fields"):  # a constant
-                found[ast.unparse(node)] = zlib.crc32(repr(used).encode())
+            elif isinstance(used, (int, float, str, tuple)) and not hasattr(used, "_fields"):
+                found[name] = zlib.crc32(repr(used).encode())
     return found
 
 
 @functools.cache
-def source_of(part):
-    """The source of a function or a class as it was when it was first asked for."""
-    return inspect.getsource(part)
+def read_source(part):
+    """The checksum of the source of a function or class, and the names in it, as they were at the first call.
+
+    The names are like "scan" or, behind the name of a module, "lg.Rows".
+    """
+    source = inspect.getsource(part)
+    try:
+        tree = ast.parse(textwrap.dedent(source))
+    except SyntaxError:  # of a lambda, whose source is a piece of a statement
+        tree = ast.parse("")
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.add(f"{node.value.id}.{node.attr}")
+    return zlib.crc32(source.encode()), sorted(names)
 
 
 # ---- 6. Measuring, the table and the picture ----

@@ -1,10 +1,13 @@
 """eval.py and the paper's measures: scorers by hand, closed forms, every figure end to end at toy size."""
 
+import argparse
 import dataclasses
 import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,13 +163,17 @@ def test_the_greedy_answer_is_exact_where_every_target_of_the_answer_is_the_like
 # Tasks and their scorers
 
 
-@pytest.fixture(scope="module")
-def corpus():
+def make_corpus():
     rng = np.random.default_rng(0)
     words = np.array(["import", "def", "x", "return", "self", "0", "(", ")\n", "for", "in\n"])
     text = " ".join(rng.choice(words, 60_000)).encode()
     tokens = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
     return lg.Corpus("words drawn by a test", tokens[:-20_000], tokens[-20_000:], 256)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return make_corpus()
 
 
 def test_the_passkey_is_asked_for_at_the_end_and_hidden_at_its_depth(corpus):
@@ -266,7 +273,8 @@ def test_copy_makes_one_string_of_any_length(corpus):
 
 def test_the_accuracy_of_copying_is_that_of_the_letters_alone(corpus):
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
-    assert ev.measure_packed(model, corpus, 64, B=4, windows=2)["packed strings"] == [0, 0]
+    measured = ev.packed(model, corpus, 64, "copy", B=4, windows=2)
+    assert measured["panels"]["packed strings"] == [0, 0]
 
 
 def test_the_passkey_is_measured_by_what_follows_the_key(corpus, monkeypatch):
@@ -278,16 +286,15 @@ def test_the_passkey_is_measured_by_what_follows_the_key(corpus, monkeypatch):
 
     monkeypatch.setattr(lg, "passkey", recorded)
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
-    measured = ev.measure_passkey(model, corpus, 64, B=2, lengths=[2, 16])
+    measured = ev.passkey(model, corpus, 64, "passkey", B=2, lengths=[2, 16])
     assert drawn == [(128, 1 / 2), (1024, 15 / 16), (128, 0), (1024, 13 / 16), (128, 0), (1024, 1 / 2)]
-    assert measured["up to 3 T of filler after the key"] == [1, 1]  # "." is right
+    assert measured["panels"]["up to 3 T of filler after the key"] == [1, 1]  # "." is right
 
 
-def test_tasks_of_bytes_refuse_other_vocabularies(corpus):
+def test_copy_refuses_other_vocabularies_than_bytes_and_passkey_a_window_without_room(corpus):
     rows = lg.Rows(dataclasses.replace(corpus, words=50257), "val", 2, False, 0)
-    for task in (lg.passkey, lg.babilong, lg.copy):
-        with pytest.raises(ValueError, match="--tokenizer bytes"):
-            task(rows, 256)
+    with pytest.raises(ValueError, match="--tokenizer bytes"):
+        lg.copy(rows, 256)
     with pytest.raises(ValueError, match="at least 103"):
         lg.passkey(lg.Rows(corpus, "val", 2, False, 0), 90)
 
@@ -298,44 +305,50 @@ def test_tasks_of_bytes_refuse_other_vocabularies(corpus):
 TOY_MODELS = dict(
     mamba2=dict(d_model=16, n_layer=2, d_state=8, headdim=8), gla=dict(d_model=16, n_layer=2, num_heads=2)
 )
-TOY_SIZES = dict(B=2, windows=8, lengths=[1, 2])
+TOY_SIZES = dict(B=2, lengths=(1, 2))
+
+
+def measures():
+    return {measure for _, _, blocks in ev.FIGURES.values() for measure, _, _ in blocks}
+
+
+def shrink(set_attribute, function, sizes):
+    """Give some arguments of a function other defaults."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    defaults = function.__defaults__ or ()
+    names = names[len(names) - len(defaults) :]
+    smaller = [sizes.get(name, size) for name, size in zip(names, defaults, strict=True)]
+    set_attribute(function, "__defaults__", tuple(smaller))
 
 
 def make_toys(set_attribute, corpus):
-    """Replace the sizes and the text, and run train.py in this process; through monkeypatch or setattr."""
-    toy_measures = {}
-    for name, (function, sizes, *labels) in ev.MEASURES.items():
-        sizes = {key: TOY_SIZES.get(key, size) for key, size in sizes.items()}
-        toy_measures[name] = (function, dict(sizes, B=16) if name == "effrem" else sizes, *labels)
+    """Replace the sizes and the text; set_attribute is that of monkeypatch, or setattr."""
+    for measure in measures():
+        if measure is not train.loss_by_position:
+            shrink(set_attribute, measure, dict(B=16) if measure is ev.effrem else TOY_SIZES)
+    shrink(set_attribute, ev.changed_losses, dict(B=2, windows=8))
+    position_wise = lg.position_wise
+
+    def one_row(model, task_name, corpus, T, B, **options):
+        return position_wise(model, task_name, corpus, T, 1, **options)
+
+    set_attribute(lg, "position_wise", one_row)
     toy_plan = {}
     for name, lines in ev.PLAN.items():
         shorter = [re.sub(r" --(steps|batch) \d+", "", line) for line in lines]
         toy_plan[name] = [f"{line} --steps 2 --batch 2" for line in shorter]
-    position_wise = lg.position_wise
-
-    def one_row(*args, **options):  # what train.py ends with is tested with train.py
-        return position_wise(*args[:4], 1, 2)
-
-    def run_train(line):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lg, "position_wise", one_row)
-            patch.setattr(ev, "draw_panels", lambda *args: None)
-            train.main(line)
-
-    set_attribute(ev, "MEASURES", toy_measures)
     set_attribute(ev, "PLAN", toy_plan)
-    set_attribute(ev, "run_train", run_train)
     set_attribute(train, "TINY_MODELS", TOY_MODELS)
-    set_attribute(train, "PRETRAIN", dict(steps=2, lr=1e-3, hold=0.0))
-    set_attribute(train, "PRETRAIN_MIXED", dict(steps=2, lr=1e-3, hold=0.5))
+    toy_recipe = dict(steps=2, lr=1e-3, hold=0.0, batch=2, zero_prob=0.0)
+    set_attribute(train, "RECIPES", dict.fromkeys(train.RECIPES, toy_recipe))
     set_attribute(lg, "load_corpus", lambda *args: corpus)
-    ev.default_corpus.cache_clear()
 
 
 def modified(out):
     """{file: when it was written} of what must not be made twice."""
     files = [os.path.join(d, f) for d, _, fs in os.walk(out) for f in fs]
-    return {f: os.stat(f).st_mtime_ns for f in files if re.search(r"checkpoint\.pt$|eval-.*\.json$", f)}
+    kept = [f for f in files if re.search(r"checkpoint\.pt$|-s\d+/\w+\.json$", f)]
+    return {f: os.stat(f).st_mtime_ns for f in kept}
 
 
 @pytest.fixture(scope="module")
@@ -379,28 +392,27 @@ def test_every_label_of_a_figure_is_trained_by_its_plan(reproduced):
         assert drawn == wanted - ({"tbtt"} if name == "copying" else set()), name
 
 
-def test_forgetting_faster_is_the_loss_with_the_changed_decay_beyond_4_T(corpus):
+def test_forgetting_faster_is_the_loss_with_the_changed_decay_beyond_4_T(corpus, monkeypatch):
     torch.manual_seed(0)
     model = lg.LanguageModel(lg.ModelConfig(vocab_size=258, **TOY_MODELS["mamba2"]))
     tokens, part = lg.stream(lg.echo, lg.Rows(corpus, "val", 2, True, 0), 50, 8)
     bins = np.where(np.arange(400) < 200, -1, part - 1)
 
     def losses(change):
-        with lg.changed_decay(model, change):
+        with lg.changed_decay(change):
             total, count = lg.streaming_loss(model, tokens, bins)
         return (total / count).tolist()
 
-    options = dict(B=2, windows=8)
-    minus = ev.MEASURES["minus"][0](model, corpus, 50, **options, amounts=[0, 0.5])
-    times = ev.MEASURES["times"][0](model, corpus, 50, **options, amounts=[1, 3])
-    for measured, changes in (
-        (minus, [lambda log_a: log_a, lambda log_a: log_a - 0.5]),
-        (times, [lambda log_a: log_a, lambda log_a: 3 * log_a]),
+    monkeypatch.setattr(ev.changed_losses, "__defaults__", (2, 8))
+    for measure, changes, unchanged in (
+        (ev.minus, lambda amount: lambda log_a: log_a - amount, 0),
+        (ev.times, lambda amount: lambda log_a: amount * log_a, 1),
     ):
-        for i, change in enumerate(changes):
-            got = [measured["text"][i], measured["echo"][i]]
-            assert got == pytest.approx(losses(change), abs=ROUNDING)
-    assert len({*minus["text"], *times["text"]}) == 3  # nothing changed, and two changes
+        measured = measure(model, corpus, 50, "echo")
+        text, echo = measured["panels"]["text"], measured["panels"]["echo"]
+        for amount, *got in zip(measured["x"], text, echo, strict=True):
+            assert got == pytest.approx(losses(changes(amount)), abs=ROUNDING)
+        assert measured["x"][0] == unchanged and len({*text}) == len(text) == 7  # every change tells
 
 
 def test_a_second_reproduce_and_a_redraw_make_nothing_again(reproduced, toys, capsys):
@@ -412,18 +424,35 @@ def test_a_second_reproduce_and_a_redraw_make_nothing_again(reproduced, toys, ca
 
 
 def test_a_retrained_run_is_measured_again(reproduced, toys):
-    checkpoint = os.path.join(reproduced, "mamba2-echo-base-s0", "checkpoint.pt")
-    measured = os.path.join(reproduced, "mamba2-echo-base-s0", "eval-effrem.json")
-    os.utime(checkpoint)
+    folder = pathlib.Path(reproduced, "mamba2-echo-base-s0")
+    kept = {file: file.read_bytes() for file in (folder / "checkpoint.pt", folder / "effrem.json")}
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["model"]["norm_f.weight"] += 0.5
+    torch.save(checkpoint, folder / "checkpoint.pt")
     before = modified(reproduced)
     ev.main(["effrem", "--out", reproduced, "--device", "cpu"])
     changed = {f for f, when in modified(reproduced).items() if when != before[f]}
-    assert changed == {measured}
+    assert changed == {str(folder / "effrem.json")}
+    measured = [
+        json.loads(x)["measured"]
+        for x in ((folder / "effrem.json").read_text(), kept[folder / "effrem.json"])
+    ]
+    assert measured[0] != measured[1]
+    for file, content in kept.items():
+        file.write_bytes(content)
+
+
+def test_a_run_that_other_code_has_made_is_not_drawn(reproduced, toys, monkeypatch):
+    monkeypatch.setitem(train.TINY_MODELS, "mamba2", TOY_MODELS["mamba2"] | dict(d_state=16))
+    before = modified(reproduced)
+    with pytest.raises(ValueError, match="base-s0 holds a run with d_state 8, not 16: remove the folder"):
+        ev.main(["state", "--out", reproduced, "--device", "cpu"])
+    monkeypatch.undo()
 
 
 def test_a_figure_is_drawn_from_the_runs_that_are_there(toys, tmp_path, capsys):
     out = str(tmp_path / "runs")
-    ev.run_train(f"--intervention state_passing --steps 2 --batch 2 --out {out} --device cpu".split())
+    train.main(f"--intervention state_passing --steps 2 --batch 2 --out {out} --device cpu".split())
     ev.main(["--out", out, "--device", "cpu"])
     printed = capsys.readouterr().out
     assert os.path.exists(os.path.join(out, "figures", "mamba2-poswise.png"))
@@ -432,39 +461,50 @@ def test_a_figure_is_drawn_from_the_runs_that_are_there(toys, tmp_path, capsys):
 
 def test_a_plan_is_command_lines_that_train_py_understands(toys):
     for experiment in ev.PLAN:
-        for line in ev.command_lines(experiment, "a folder", "gla", 3):
-            args = train.parse_arguments(line)
-            assert (args.seed, args.model, args.out.startswith("a folder")) == (3, "gla", True)
+        asked = argparse.Namespace(out="a folder", model="gla", device=None)
+        for line in ev.command_lines(experiment, asked, 3):
+            args = train.parse_arguments(shlex.split(line))
+            assert (args.seed, args.out.startswith("a folder")) == (3, True)
+            assert args.model == "gla" or args.init.startswith("a folder/gla-")
 
 
 CHILD = """
 import sys; sys.path[:0] = sys.argv[1:3]
-import numpy as np, test_eval as t
-t.make_toys(setattr, t.corpus.__wrapped__())
-t.ev.main(["reproduce", "effrem", "--out", sys.argv[3], "--device", "cpu"])
+import lengthgen as lg
+if sys.argv[3] == "with another intervention":
+    lg.INTERVENTIONS["shuffled"] = (lg.state_passing, False)
+import test_eval as t
+t.make_toys(setattr, t.make_corpus())
+t.ev.main(["reproduce", *sys.argv[5:], "--out", sys.argv[4], "--device", "cpu"])
 """
+
+
+def child(*words):
+    command = [sys.executable, "-c", CHILD, os.path.dirname(HERE), HERE, *words]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def test_killed_and_started_again_reproduce_redoes_nothing_that_was_done(toys, tmp_path):
     out = str(tmp_path / "runs")
-    command = [sys.executable, "-c", CHILD, os.path.dirname(HERE), HERE, out]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while len(modified(out)) < 3 and child.poll() is None:
+    process = child("", out, "effrem")
+    while len(modified(out)) < 5 and process.poll() is None:
         time.sleep(0.01)
-    assert child.poll() is None, child.stderr.read()
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    done = {f: when for f, when in modified(out).items() if ev.finished(os.path.dirname(f))}
-    assert len(done) >= 2
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = modified(out)  # runs of two steps have a checkpoint when they are finished
+    assert len(done) >= 5
     ev.main(["reproduce", "effrem", "--out", out, "--device", "cpu"])
     after = modified(out)
     assert len(after) > len(done) and {f: after[f] for f in done} == done
 
 
-def test_a_command_line_that_fails_ends_reproduce_with_its_exit_code(tmp_path):
+def test_a_command_line_that_fails_ends_reproduce_with_its_exit_code(toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ev.PLAN, "echo", ["--task magic"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "reproduce", "state", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as exit:
-        ev.run_train(["--task", "magic"])
-    assert exit.value.code == 2
+        train.run_command(ev.main)
+    assert exit.value.code == 2 and "invalid choice: 'magic'" in capsys.readouterr().err
 
 
 def test_samples_are_words_after_the_prompt(reproduced, capsys):
@@ -497,26 +537,41 @@ def test_any_checkpoint_shows_how_it_breaks(reproduced, toys, tmp_path):
             assert json.load(f)["x"][-1] == int(windows)
 
 
-def test_an_intervention_that_somebody_adds_is_trained_and_drawn(tmp_path, toys, monkeypatch):
-    monkeypatch.setitem(lg.INTERVENTIONS, "shuffled", (lg.state_passing, False))
-    monkeypatch.setitem(ev.PLAN, "echo", ["--task echo --intervention {each} --steps 2 --batch 2"])
+def test_an_intervention_that_somebody_adds_is_trained_and_drawn(tmp_path):
     out = str(tmp_path / "runs")
     figures = ["interventions", "poswise", "state", "effrem"]
-    ev.main(["reproduce", *figures, "--out", out, "--device", "cpu"])
+    process = child("with another intervention", out, *figures)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     with open(os.path.join(out, "results.json")) as f:
         results = json.load(f)["mamba2"]
     assert all("shuffled" in panel["curves"] for name in figures for panel in results[name]["panels"])
 
 
+def test_a_figure_of_more_seeds_than_a_curve_has_says_how_many_it_has(reproduced, toys, tmp_path, capsys):
+    out = str(tmp_path / "runs")
+    shutil.copytree(reproduced, out)
+    line = f"--intervention state_passing --steps 2 --batch 2 --out {out} --device cpu --seed 1"
+    train.main(line.split())
+    capsys.readouterr()
+    ev.main(["interventions", "--seeds", "2", "--out", out, "--device", "cpu"])
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if line.strip()]
+    for name in ("control (1 of 2 seeds)", "TBTT (1 of 2 seeds)", "base", "state passing"):
+        assert sum(line.startswith(f"{name:25} ") for line in table) == 2, name  # text and echo
+
+
+def panel_of(**curves):
+    return dict(title="text", xlabel="position (T)", ylabel="loss", seeds=2, curves=curves)
+
+
 def test_a_curve_is_the_mean_of_the_seeds_in_their_range():
     figures = []
     values = [[1.0, 2.0, 5.0], [3.0, 2.0, 6.0]]
-    panel = ev.Panel(
-        "text", "position (T)", "loss", {"base": ([1, 2, 4], values), "forked": ([1, 2, 4], values)}
-    )
+    panel = panel_of(base=([1, 2, 4], values), forked=([1, 2, 4], values))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lg, "write_atomically", lambda path, write: figures.append(write.func.__self__))
-        ev.draw_panels([panel, panel], "a.png", "a")
+        train.draw([panel, panel], "a.png", "a")
     for axis in figures[0].axes:
         assert axis.lines[0].get_ydata().tolist() == [2.0, 2.0, 5.5]
         low, high = axis.get_ylim()
@@ -528,8 +583,8 @@ def test_a_curve_is_the_mean_of_the_seeds_in_their_range():
     "loss, verdict", [(1.0, "holds to 4 T"), (1.3, "gets worse past T"), (2, "breaks past T")]
 )
 def test_the_verdict_is_about_the_worst_range_past_T(loss, verdict, capsys):
-    curves = {"base": ([0.5, 1, 2, 4], [[9.0, 1.0, loss, 1.0]])}
-    ev.print_verdict([ev.Panel("text", "", "", curves)])
+    losses = [9.0, 1.0, loss, 1.0]
+    train.print_verdict([panel_of(base=([0.5, 1, 2, 4], [losses, losses]))])
     assert (
         capsys.readouterr().out.strip()
         == f"base: text loss 1.00 in T, at worst {loss - 1:+.2f} beyond: {verdict}"
@@ -540,13 +595,15 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(reproduced, 
     entry = dict(input="Ann met Bob. Mary went to the garden. ", question="Where is Mary? ", target="garden")
     entries = [entry, entry | dict(target="office")]
     files = []
-    for folder, content in (("qa1", json.dumps(entries)), ("qa2", "\n".join(map(json.dumps, entries)))):
-        os.makedirs(tmp_path / folder)
-        (tmp_path / folder / "0k.json").write_text(content)
-        files.append(str(tmp_path / folder / "0k.json"))
+    for name, content in (
+        ("qa1.json", json.dumps(entries)),
+        ("qa2.json", "\n".join(map(json.dumps, entries))),
+    ):
+        (tmp_path / name).write_text(content)
+        files.append(str(tmp_path / name))
     heard = []
 
-    def generate(model, tokens, n):
+    def generate(model, tokens, n, temperature):
         heard.extend(map(decode, tokens))
         yield from torch.tensor([[*b"garden.", 256]] * len(tokens)).unbind(1)
 
@@ -557,12 +614,41 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(reproduced, 
     assert heard == ["Ann met Bob. Mary went to the garden. Where is Mary? "] * 4
     with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
         assert list(json.load(f)["accuracy"].values()) == [0.5, 0.5]
-    for bad in ('[{"input": "x"}]', "[]", ""):
+    not_babilong = 'qa3.json line 1 cannot be read as a JSON object with a "input, question, target"'
+    for bad, sentence in (
+        ('[{"input": "x"}]', not_babilong),
+        ("7", not_babilong),
+        ("[]", "qa3.json is empty"),
+        ("", "qa3.json is empty"),
+    ):
         (tmp_path / "qa3.json").write_text(bad)
-        with pytest.raises(ValueError, match=r"qa3.json cannot be read as BABILong, JSON objects with input"):
+        with pytest.raises(ValueError, match=sentence):
             ev.main(["babilong", "--init", run, *options, str(tmp_path / "qa3.json")])
-    with pytest.raises(ValueError, match=r"qa12.json has none of qa1 to qa5 in its path"):
+    with pytest.raises(ValueError, match=r"qa12.json has none of qa1 to qa5 in its name"):
         ev.main(["babilong", "--init", run, *options, "qa12.json"])
+
+
+def test_the_name_of_a_published_babilong_file_tells_its_task_whatever_its_folder_is_called(
+    reproduced, tmp_path, monkeypatch
+):
+    folder = tmp_path / "data" / "qa5-run"
+    os.makedirs(folder)
+    # a room is an answer of qa1; in qa5 it is none of the labels
+    entry = dict(input="Mary went to the garden.", question="Where is Mary?", target="garden")
+    (folder / "qa1_0k.json").write_text(json.dumps([entry]))
+    (folder / "qa12.json").write_text(json.dumps([entry]))
+    scored = []
+    score = lg.babilong_score
+    monkeypatch.setattr(lg, "babilong_score", lambda *args: scored.append(args) or score(*args))
+    monkeypatch.setattr(lg, "generate", lambda *args: torch.tensor([*b"garden."])[:, None])
+    run, out = os.path.join(reproduced, "mamba2-echo-base-s0"), str(tmp_path / "out")
+    options = ["--init", run, "--out", out, "--device", "cpu", "--data"]
+    ev.main(["babilong", *options, str(folder / "qa1_0k.json")])
+    assert [qa for *_, qa in scored] == [1]
+    with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
+        assert list(json.load(f)["accuracy"].values()) == [1]
+    with pytest.raises(ValueError, match="qa12.json has none of qa1 to qa5 in its name"):
+        ev.main(["babilong", *options, str(folder / "qa12.json")])
 
 
 @pytest.mark.parametrize(
@@ -575,10 +661,10 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(reproduced, 
         ),
         (["nonsense"], "unknown figure 'nonsense', expected reproduce, sample or poswise"),
         (["effrem", "--data", "x"], "--data goes with --init RUN"),
-        (["--temperature", "nan"], "--temperature must lie between 0 and 1000000.0, got nan"),
-        (["sample"], "--init RUN goes with one of sample, poswise, babilong, got 'sample'"),
-        (["effrem", "--init", "x"], "--init RUN goes with one of sample, poswise, babilong, got 'effrem'"),
-        (["--seeds", "0"], "--seeds must lie between 1 and 1000, got 0"),
+        (["--temperature", "nan"], "--temperature: must lie between 0 and 1000000.0, got nan"),
+        (["sample"], "--init RUN goes with one of poswise, babilong, sample, got 'sample'"),
+        (["effrem", "--init", "x"], "--init RUN goes with one of poswise, babilong, sample, got 'effrem'"),
+        (["--seeds", "0"], "--seeds: must lie between 1 and 100000000, got 0"),
         (["poswise", "--init", "nowhere"], "no checkpoint at 'nowhere'"),
     ],
 )
@@ -590,52 +676,29 @@ def test_bad_input_is_one_sentence_with_the_remedy(reproduced, toys, arguments, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["results.json", "mamba2-echo-base-s0/eval-state.json"])
-def test_a_cut_off_results_file_is_named_and_kept(reproduced, toys, name):
-    file = os.path.join(reproduced, name)
-    with open(file) as f:
-        whole = f.read()
-    with open(file, "w") as f:
-        f.write(whole[: len(whole) // 2])
-    try:
-        with pytest.raises(
-            ValueError, match=f"{re.escape(name)} cannot be read as results of eval.py: remove it"
-        ):
-            ev.main(["state", "--out", reproduced, "--device", "cpu"])
-        with open(file) as f:
-            assert f.read() == whole[: len(whole) // 2]
-    finally:
-        with open(file, "w") as f:
-            f.write(whole)
+DEEP = "[" * 10**5
 
 
 @pytest.mark.parametrize(
-    "name, place, value",
+    "name, spoil",
     [
-        ("results.json", [], "DEEP"),
-        ("results.json", [], 7),
-        ("results.json", ["mamba2"], [1]),
-        ("eval-state.json", ["settings"], "DEEP"),
-        ("eval-state.json", ["value"], 7),
-        ("eval-state.json", ["value", "x"], None),
-        ("eval-state.json", ["value", "the full state"], [1]),
-        ("eval-state.json", ["value", "the full state", 0], "two"),
-        ("eval-state.json", ["value", "the full state", 0], 1e308),
+        ("results.json", lambda whole: whole[: len(whole) // 2]),
+        ("results.json", lambda whole: DEEP),
+        ("state.json", lambda whole: whole[: len(whole) // 2]),
+        ("state.json", lambda whole: DEEP),
+        ("state.json", lambda whole: whole.replace("made_from", "made_by")),
+        ("state.json", lambda whole: "[1]"),
     ],
 )
-def test_results_of_another_structure_are_one_sentence(reproduced, toys, name, place, value):
+def test_a_damaged_file_of_results_is_named_in_one_sentence_and_kept(reproduced, toys, name, spoil):
     file = next(iter(pathlib.Path(reproduced).rglob(name)))
     whole = file.read_text()
-    nest = content = [json.loads(whole)]
-    *places, last = [0, *place]
-    for key in places:
-        nest = nest[key]
-    nest[last] = value
-    file.write_text(json.dumps(content[0]).replace('"DEEP"', "[" * 10**5))
+    file.write_text(spoil(whole))
     try:
-        with pytest.raises(ValueError, match=f"{name}.* cannot be read as .*: remove it: ") as caught:
+        with pytest.raises(ValueError, match=f"{name} cannot be read as .*, remove it: ") as caught:
             ev.main(["state", "--out", reproduced, "--device", "cpu"])
         assert "\n" not in str(caught.value)
+        assert file.read_text() == spoil(whole)
     finally:
         file.write_text(whole)
 
