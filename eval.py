@@ -184,6 +184,7 @@ FORKS = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
 PAIR = {run: run for run in ["base", "state_passing", *FORKS]}
 MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *FORKS]}
 ALL = {run: run for run in [*train.STYLES, *FORKS]}
+FULL = {run: run for run in ALL if run != "state_passing-scan"}
 NO_NOISE = {run: run for run in ["zero", "fitted_noise"]}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
@@ -192,7 +193,7 @@ by_position = train.loss_by_position
 FIGURES = {  # name: (title, experiment of PLAN, what is drawn: (measure, task of the runs, the runs))
     "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
     "interventions": ("The interventions on the initial state", "echo", [(by_position, "echo", ALL)]),
-    "text": ("Streams of pure text", "mixed", [(text_loss, "mixed", ALL), (gap, "mixed", ALL)]),
+    "text": ("Streams of pure text", "mixed", [(text_loss, "mixed", FULL), (gap, "mixed", FULL)]),
     "state": ("The std of the state, over that at T", "echo", [(state, "echo", PAIR)]),
     "forgetting": (
         "Why not simply forget faster?",

@@ -758,8 +758,11 @@ def main(argv=None):
         print_once(f"base: {base_folder}, trained from zero states where it is not finished")
     tell_scan(model)
     if init:
-        is_run = os.path.exists(os.path.join(args.init, lg.CHECKPOINT))
-        measured_in = args.init if is_run else os.path.join(folder, "init")
+        # where it may have been measured: in its own folder, if it is a run on the same task
+        measured_in = os.path.join(folder, "init")
+        same = (init["settings"]["task"], init["settings"]["T"]) == (args.task, args.T)
+        if same and os.path.exists(os.path.join(args.init, lg.CHECKPOINT)):
+            measured_in = args.init
         losses = measured(measured_in, loss_by_position, model, corpus, args.T, args.task)
     else:
         recipe = "base of mixed" if args.task == "mixed" else "base"
