@@ -68,17 +68,9 @@ BUGS = {  # name: (text, what the bug makes of it)
     "topmost level missing": ("chunk.bit_length() - 1, reverse", "chunk.bit_length() - 2, reverse"),
     "levels overlap": ("(pair[:, None] == pair[None, :])", "(pair[:, None] // 2 == pair[None, :] // 2)"),
     "levels read both ways": ("return to_mid, earlier & ", "return to_mid, "),
-    "midpoint one step too late": (
-        "tl.minimum(pair * (2 * half) + half - 1, n - 1)",
-        "tl.minimum(pair * (2 * half) + half, n - 1)",
-    ),
     "last decay of a ragged chunk taken too early": (
         "b_L = tl.load(b + (t0 + n - 1)",
         "b_L = tl.load(b + (t0 + tl.maximum(n - 2, 0))",
-    ),
-    "steps past the end take the first b": (
-        "tl.minimum(t, n - 1)[:, None]",
-        "tl.where(t < n, t, 0)[:, None]",
     ),
     "wrong group for q": ("i_h // (H // HQ)", "i_h % HQ"),
     "wrong group for k": ("i_h // (H // HK)", "i_h % HK"),

@@ -140,6 +140,20 @@ def test_position_ranges_are_powers_of_two_and_the_steps_between_in_units_of_T()
     assert got["x"] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
+@pytest.mark.parametrize("task_name", ["text", "echo", "mixed"])
+def test_position_wise_ends_where_the_text_does(task_name):
+    model, corpus, T = make_model(), make_corpus(200), 16
+    task, _, names = lg.TASKS[task_name]
+    _, part = lg.stream(task, lg.Rows(corpus, "val", 5, True, seed=0), T, 64)
+    windows = part.shape[1] // T
+    got = lg.position_wise(model, task_name, corpus, T, 5, windows=64)
+    assert 8 < windows < 32 and got["x"][-1] == windows
+    short = lg.position_wise(model, task_name, corpus, T, 5, windows=windows)
+    assert got["x"] == short["x"]
+    for name in names:
+        assert np.isfinite(got[name]).all() and np.allclose(got[name], short[name], rtol=SEGMENTS)
+
+
 def test_a_range_without_targets_of_a_part_is_no_number_and_every_list_is_as_long(monkeypatch):
     def no_echo(rows, T):
         tokens, part = lg.echo(rows, T)
@@ -169,6 +183,44 @@ def test_progress_runs_to_the_end():
     shares = []
     lg.position_wise(make_model(), "text", make_corpus(), 800, 50, windows=2, progress=shares.append)
     assert shares == sorted(shares) and len(shares) >= 3 and shares[-1] == 1
+
+
+def test_prefill_generation_and_state_std_compute_logits_of_the_last_position_alone():
+    """Counts the rows that pass through the output layer, which costs most where there are many words."""
+    model = make_model(C=11)
+    tokens = np.random.default_rng(0).integers(0, 11, (200, 150))
+    segments = -(-150 // lg.segment_for(200))
+    assert segments > 1
+    shapes = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    for measure, calls in (
+        (lambda: lg.prefill(model, tokens), segments),
+        (lambda: list(lg.generate(model, tokens, 5)), segments + 5),
+        (lambda: lg.state_std(model, tokens, [60, 149]), 3),
+    ):
+        shapes.clear()
+        measure()
+        assert set(shapes) == {(200, 1, 8)} and len(shapes) == calls
+    with torch.no_grad():
+        logits, state = model(torch.from_numpy(tokens))
+    last, state_of_last = lg.prefill(model, tokens)
+    assert torch.allclose(last, logits[:, -1], rtol=0, atol=SEGMENTS * logits.abs().max())
+    for layer, same_layer in zip(state, state_of_last, strict=True):
+        assert torch.allclose(layer.scan, same_layer.scan, atol=SEGMENTS)
+
+
+@pytest.mark.parametrize("answer", ["garden", "Garden", "GARDEN"])
+@pytest.mark.parametrize(
+    "question", ["Where was the milk before the kitchen?", "WHERE WAS IT BEFORE THE KITCHEN?"]
+)
+@pytest.mark.parametrize(
+    "output", ["garden", "The Garden", "In the KITCHEN, before that the gArDeN. The office."]
+)
+def test_upper_and_lower_case_change_no_score_of_babilong(output, question, answer):
+    assert lg.babilong_score(output, answer, question, qa=3)
+    assert not lg.babilong_score(output.replace("a", "o").replace("A", "O"), answer, question, qa=3)
+    assert lg.babilong_score("to MARY<Example> Bill", "mary", "Who did FRED give it to?", qa=5)
+    assert not lg.babilong_score("to MARY, Bill", "mary", "Who did FRED give it to?", qa=5)
 
 
 def test_masked_loss_is_the_mean_over_what_is_not_masked():

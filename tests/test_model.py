@@ -69,6 +69,16 @@ def test_no_state_is_a_state_of_zeros_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_the_last_logits_alone_are_the_last_of_all_and_leave_the_same_state(name):
+    model = make_model(name)
+    tokens, start = torch.randint(0, 11, (3, 20)), random_state(model, 3)
+    logits, state = model(tokens, start)
+    last, state_of_last = model(tokens, start, last_only=True)
+    assert last.shape == (3, 1, 11) and (last - logits[:, -1:]).abs().max() < EXACT
+    assert all(torch.equal(x, y) for x, y in zip(tensors(state), tensors(state_of_last), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_state_is_not_edited(name):
     model = make_model(name)
     state = random_state(model, 2)

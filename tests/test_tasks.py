@@ -1,5 +1,9 @@
 """Rows read the text as they say, tasks are their pictures."""
 
+import json
+import re
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -198,3 +202,221 @@ def test_defaults_fit_their_tasks_and_parts_are_named(name):
     assert tokens.shape == (4, T + 1)
     assert set(np.unique(part)) - {0} == set(range(1, len(parts) + 1))
     assert torch.from_numpy(tokens).max() < 258
+
+
+# --------------------------------------------------------------------------------------------------
+# Streams of a text that is too short
+
+
+def numbers(N):
+    return lg.Corpus("numbers", np.arange(N), np.arange(N), 20_000)
+
+
+@pytest.mark.parametrize("name", ["text", "echo", "mixed"])
+@pytest.mark.parametrize("N", [40, 300, 1000])
+def test_a_stream_ends_where_a_row_would_read_the_text_a_second_time(name, N):
+    T = 16
+    for seed in range(10):
+        tokens, part = lg.stream(lg.TASKS[name][0], lg.Rows(numbers(N), "val", 3, True, seed), T, 200)
+        windows = part.shape[1] // T
+        assert tokens.shape == (3, windows * T + 1) and part.shape == (3, windows * T) and windows < 200
+        for row, row_part in zip(tokens, part, strict=True):
+            read = row[1:][row_part == 1]  # in order; each passage of echo is part 1 only once
+            read = read[read < 20_000]  # no <bos>
+            # where mixed goes from text to echo, the target that ends a window also begins the passage
+            read = read[np.append(True, np.diff(read) != 0)]
+            assert len(set(read.tolist())) == len(read)
+        # no shorter than it must be: what the rows skip at the end of the text, and a window or two
+        longest_read = max((row_part == 1).sum() for row_part in part)
+        assert longest_read > N - 4 * T
+
+
+@pytest.mark.parametrize("name, T", [("copy", 64), ("passkey", 160)])
+def test_a_stream_of_a_task_that_reads_no_text_has_any_length(name, T):
+    tokens, part = lg.stream(lg.TASKS[name][0], lg.Rows(small("abc"), "val", 2, True, 0), T, 30)
+    assert tokens.shape == (2, 30 * T + 1) and part.shape == (2, 30 * T)
+
+
+# --------------------------------------------------------------------------------------------------
+# In bytes all tasks are what they were in the first edition
+
+LINES = "".join(f"line {i} of the text: {i * i}\n" + "\n" * (i % 7 == 0) for i in range(400))
+# Made once by these very tests in the first edition, the last commit before tasks took any tokenizer:
+# of rows of 4, passkey by seed, T and depth, babilong by seed and T; of 20 windows of 3 rows, by seed
+FIRST_EDITION = dict(passkey=349711065, babilong=3788606655)
+FIRST_EDITION_STREAMS = {
+    ("text", 16): 550096850,
+    ("echo", 16): 3116289031,
+    ("mixed", 16): 3247990672,
+    ("copy", 64): 468798018,
+    ("passkey", 160): 1491946600,
+    ("babilong", 144): 4207582474,
+}
+
+
+def checksum(windows):
+    number = 0
+    for tokens, part in windows:
+        assert tokens.dtype == np.int64 and part.dtype == np.int8
+        number = zlib.crc32(part.tobytes(), zlib.crc32(tokens.tobytes(), number))
+    return number
+
+
+def test_passkey_and_babilong_in_bytes_are_those_of_the_first_edition():
+    corpus = small(LINES)
+    keys, stories = [], []
+    for seed in (0, 1, 2):
+        for T in (103, 160, 1000):
+            for depth in (None, 0, 0.7, 1):
+                keys.append(lg.passkey(lg.Rows(corpus, "val", 4, False, seed), T, depth))
+        for T in (128, 144, 1000):
+            stories.append(lg.babilong(lg.Rows(corpus, "val", 4, False, seed), T))
+    assert dict(passkey=checksum(keys), babilong=checksum(stories)) == FIRST_EDITION
+
+
+@pytest.mark.parametrize("name, T", FIRST_EDITION_STREAMS)
+def test_a_stream_is_that_of_the_first_edition_where_the_text_suffices(name, T):
+    streams = []
+    for seed in (0, 1, 2):
+        rows = lg.Rows(small(LINES), "val", 3, True, seed)
+        streams.append(lg.stream(lg.TASKS[name][0], rows, T, 20))
+    assert checksum(streams) == FIRST_EDITION_STREAMS[name, T]
+
+
+# --------------------------------------------------------------------------------------------------
+# passkey and babilong in any tokenizer
+
+PROSE = "".join(
+    f"It was the {word} of naïve times in the garden; the key passed back again, {word} and blue.\n"
+    for word in "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+)
+
+
+def byte_level(file):
+    """Like GPT-NeoX's: byte-level BPE, a space belongs to the word behind it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([PROSE, lg.FILLER, "Mary went to the garden. 12345 307"], trainer)
+    tokenizer.save(str(file))
+
+
+def sentencepiece_like(file):
+    """Like Llama's: spaces are "▁", one is put in front; what PROSE has not, digits above all, are bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.train_from_iterator([PROSE], trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    trained = json.loads(words.to_str())["model"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary += [word for word in trained["vocab"] if word != "\n"]
+    merges = [tuple(pair) for pair in trained["merges"] if "\n" not in "".join(pair)]
+    vocabulary = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(file))
+
+
+TOKENIZERS = {"bytes": None, "byte-level": byte_level, "sentencepiece-like": sentencepiece_like}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def any_corpus(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "prose.txt").write_text(PROSE * 40, encoding="utf-8")
+    name = "bytes"
+    if request.param != "bytes":
+        pytest.importorskip("tokenizers", reason="tokenizers is not installed, which reads these files")
+        TOKENIZERS[request.param](folder / "tokenizer.json")
+        name = str(folder / "tokenizer.json")
+    return lg.load_corpus([folder / "prose.txt"], name)
+
+
+def read(corpus, tokens):
+    """The text of tokens, with single spaces."""
+    return re.sub(" +", " ", corpus.decode(tokens.tolist())).strip()
+
+
+@pytest.mark.parametrize("T", [160, 161, 700])
+@pytest.mark.parametrize("depth", [None, 0, 0.4, 1])
+def test_passkey_fills_the_window_in_any_tokenizer(any_corpus, T, depth):
+    corpus = any_corpus
+    tokens, part = lg.passkey(lg.Rows(corpus, "val", 6, False, seed=T), T, depth)
+    assert tokens.shape == (6, T + 1) and part.shape == (6, T)
+    filler = lg.FILLER * (T // 20)
+    for row, row_part in zip(tokens, part, strict=True):
+        assert np.flatnonzero(row == corpus.bos).tolist() == [0, T]
+        text = read(corpus, row[1:T])
+        before, key, after = re.fullmatch(
+            r"(.*?) ?The pass key is (\d{5})\. Remember it\. \2 is the pass key\. ?"
+            r"(.*?) ?What is the pass key\? The pass key is \2",
+            text,
+        ).groups()
+        assert filler.startswith(before) and filler.startswith(after)
+        if depth is not None:
+            assert bool(before) == (depth != 0) and bool(after) == (depth != 1)
+        for number in (1, 2):  # the mention, and the answer
+            assert read(corpus, row[1:][row_part == number]) == key
+            places = np.flatnonzero(row_part == number)
+            assert places[-1] - places[0] == len(places) - 1
+        assert row_part[T - 2] == 2 and row_part[T - 1] == 0  # the answer, then <bos>
+
+
+def test_passkey_says_which_T_it_needs_in_any_tokenizer(any_corpus):
+    rows = lg.Rows(any_corpus, "val", 1, False, seed=0)
+    with pytest.raises(ValueError, match="passkey needs a T of at least") as caught:
+        lg.passkey(rows, 4)
+    least = int(re.search(r"at least (\d+)", str(caught.value))[1])
+    assert lg.passkey(lg.Rows(any_corpus, "val", 1, False, seed=0), least)[1].any()
+    with pytest.raises(ValueError, match=f"passkey needs a T of at least {least}, got {least - 1}"):
+        lg.passkey(lg.Rows(any_corpus, "val", 1, False, seed=0), least - 1)
+
+
+@pytest.mark.parametrize("T", [144, 145, 1000])
+def test_babilong_fills_the_window_in_any_tokenizer(any_corpus, T):
+    corpus = any_corpus
+    tokens, part = lg.babilong(lg.Rows(corpus, "train", 12, False, seed=T), T)
+    assert tokens.shape == (12, T + 1) and part.shape == (12, T)
+    fact = rf"(?:{'|'.join(lg.ACTORS)}) (?:{'|'.join(lg.MOVE)}) to the \w+\."
+    prose = "".join((PROSE * 40).split())
+    between_lines = 0
+    for row, row_part in zip(tokens, part, strict=True):
+        assert np.flatnonzero(row == corpus.bos).tolist() == [0, T]
+        text = read(corpus, row[1:T])
+        background, asked, answer = re.fullmatch(r"(.*) ?(Where is (?:\w+)\?) (\w+)\.", text, re.S).groups()
+
+        # three facts, of which the last one about the person answers the question
+        facts = re.findall(fact, background)
+        told = [f for f in facts if f.startswith(asked[len("Where is ") : -1])]
+        assert len(facts) == 3 and told[-1].endswith(f" to the {answer}.")
+        assert read(corpus, row[1:][row_part == 1]) == f"{answer}."
+        places = np.flatnonzero(row_part)
+        assert places[-1] == T - 2 and places[-1] - places[0] == len(places) - 1
+
+        # facts stand after the end of a line, after each other, or after all of the background
+        pieces = re.split(fact, background)
+        for i in range(3):
+            ends_here = not "".join(pieces[i + 1 :]).strip(" ")
+            begins_here = not "".join(pieces[: i + 1]).strip(" ")
+            after_fact = not pieces[i].strip(" ")
+            assert pieces[i].rstrip(" ").endswith("\n") or ends_here or begins_here or after_fact
+            between_lines += pieces[i].rstrip(" ").endswith("\n") and not ends_here
+        # the rest is contiguous text
+        rest = "".join("".join(pieces).split())
+        assert rest.strip("\ufffd") in prose  # the cut may go through a character
+    assert between_lines > 0
