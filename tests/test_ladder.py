@@ -7,12 +7,16 @@ An error is |got - exact| / |exact| of the worst of o, the final state and the f
 
 import importlib.util
 import math
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from test_train import Stopped, in_two_ranks, metrics, same, stop_after
+from test_train import Stopped, metrics, same, stop_after
 
 import lengthgen as lg
 import train
@@ -28,23 +32,16 @@ LENGTHS = (1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
 DECAYS = ("almost 1", "mixed", "strong", "with resets")
 
 
-@pytest.fixture(scope="module")
-def ladder(request):
-    """A function that prints a rung and keeps it for the table at the end of this file."""
-    rungs = []
+@pytest.fixture
+def ladder(record_property):
+    """A function that prints a rung and keeps it for the table, which conftest.py prints at the very end."""
 
     def rung(claim, errors):
         line = f"{claim}: {errors}"
         print(line)
-        rungs.append(line)
+        record_property("rung", line)
 
-    yield rung
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    capture = request.config.pluginmanager.get_plugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        terminal.write_line("")
-        for line in ["the ladder, with measured errors", *rungs]:
-            terminal.write_line(f"  {line}")
+    return rung
 
 
 def make_log_a(shape, decay, rng):
@@ -259,6 +256,23 @@ from test_ladder import make_training_small
 make_training_small(setattr)
 train.main("{RUN} --steps 4 --out two".split())
 """
+
+
+def in_two_ranks(program):
+    """Run a program as torchrun does, without the seconds that its launcher needs to start."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # a free one
+    here = pathlib.Path(__file__).parent
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    shared["PYTHONPATH"] = f"{here.parent}:{here}"
+    ranks = []
+    for rank in ("0", "1"):
+        environment = os.environ | shared | dict(RANK=rank, LOCAL_RANK=rank)
+        command = [sys.executable, "-c", program]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_two_ranks_equal_one_process(small, monkeypatch, ladder):

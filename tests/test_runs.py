@@ -229,7 +229,7 @@ def test_tokens_of_equal_number_are_told_apart(edited, tmp_path):
         tokens = np.random.default_rng(ord(name)).integers(4, 300, 5000)
         tokens.astype(np.uint16).tofile(tmp_path / f"{name}.bin")
     run(train, tmp_path, data="a.bin", line="--task text --T 16 --steps 2")
-    with pytest.raises(ValueError, match="base-s0 holds a run .*made by another text"):
+    with pytest.raises(ValueError, match=r"base-s0 holds a run .*made by another text"):
         run(train, tmp_path, data="b.bin", line="--task text --T 16 --steps 2")
 
 

@@ -361,11 +361,12 @@ def compile_ahead(wanted):
                 print(shape, dtype, call, gpu, spilled, compiled.metadata.shared, sep=",", flush=True)
 
 
-# forward is the largest call, so its shared memory counts on the small GPUs; the others on one GPU
-WANTED = [(shape, "bfloat16", "forward", gpu) for shape in SHAPES for gpu in ("86", "120")]
-WANTED += [("GLA-1.3B", "float32", "forward", gpu) for gpu in ("86", "120")]
-WANTED += [(shape, "bfloat16", "forward", gpu) for shape in ("Mamba-2-370m", "GLA-340M") for gpu in GPUS]
-WANTED += [(shape, "bfloat16", call, "90") for shape in ("Mamba-2-370m", "GLA-340M") for call in CALLS]
+# what the test below compiles; all calls of all shapes for all GPUs take ten minutes
+WANTED = [(shape, "bfloat16", "forward", "86") for shape in SHAPES]
+WANTED += [("Mamba-2-370m", "bfloat16", "forward", gpu) for gpu in ("80", "100", "120")]
+WANTED += [("Mamba-2-370m", "bfloat16", call, "90") for call in CALLS]
+WANTED += [("GLA-340M", "bfloat16", "dk", "90"), ("GLA-1.3B", "bfloat16", "forward", "120")]
+WANTED += [("GLA-1.3B", "float32", "forward", "86")]
 
 
 def test_all_calls_compile_for_gpus_fit_their_memory_and_hardly_spill(tmp_path):
