@@ -81,7 +81,7 @@ def check_64_bit_offsets(size=(2, 131072, 132, 132, 64, 64)):
     One group per head, so q, k and every gradient are as large as v: about 45 GB in bfloat16.
     """
     inputs, cotangents = draw(size, False, torch.bfloat16)
-    scan = partial(triton_scan, segments=1)  # alone it would be cut into more segments
+    scan = partial(triton_scan, tile=(64, 32, 4, 2))  # alone it would get smaller blocks
     whole = outputs_and_gradients(scan, inputs, cotangents)
     q, k, v, log_a, state = inputs
     print(
