@@ -8,14 +8,18 @@
 
     q, k    (B, T, G, K)                v  (B, T, H, V)
     log_a   (B, T, H)    one decay per head (Mamba-2), or
-            (B, T, H, K) one decay per key channel (GLA, Mamba-1); never positive, -inf forgets everything
-    state   (B, H, K, V) the S that the first step starts from, never below float32; None means zeros
+            (B, T, H, K) one decay per key channel (GLA, Mamba-1)
+    state   (B, H, K, V) the S before the first step; None means zeros
+
+log_a is never positive; below -30, -inf included, it counts as -30 and forgets all but e^-30 of the state.
+States are float32, or float64 where the inputs are.
 
 Every scan returns o (B, T, H, V) in v's dtype and the final state (B, H, K, V). Gradients reach every
 input and the initial state, and flow in from the final state. q, k and v share one dtype.
 """
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +32,13 @@ except ImportError:  # Triton exists for Linux only; everything but triton_scan 
 
 # ---- 1. The shapes ----
 
-MIN_LOG_A = -30.0
+MIN_LOG_A = -30.0  # e^-30 of a float32 state is lost in the rounding of what is added to it
 
 
-def check_inputs(q, k, v, log_a, state):
-    """Assert that the shapes fit. Returns log_a, cut off at MIN_LOG_A, and B, T, G, H, K, V.
+def check_and_clamp(q, k, v, log_a, state):
+    """Assert that the shapes fit. Returns log_a, clamped at MIN_LOG_A, and B, T, G, H, K, V.
 
-    A float cannot tell e^-30 of a state, beside what is written into it, from nothing. A stronger decay would
-    do harm: one huge term in a sum of log_a over a chunk rounds the others away, and -inf turns it into NaN.
+    A huge term would round away the others in a sum of log_a over a chunk, and -inf - -inf is NaN.
     """
     B, T, G, K = q.shape
     H, V = v.shape[2:]
@@ -52,7 +55,7 @@ def check_inputs(q, k, v, log_a, state):
 
 def recurrent_scan(q, k, v, log_a, state=None):
     """The recurrence, one step at a time: the oracle of every test. Shapes as at the top of this file."""
-    log_a, B, T, G, H, K, V = check_inputs(q, k, v, log_a, state)
+    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state)
     # sums in float32, or in float64 if v is; every head gets the q and k of its group
     dtype = torch.promote_types(v.dtype, torch.float32)
     S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
@@ -60,7 +63,7 @@ def recurrent_scan(q, k, v, log_a, state=None):
     k = k.to(dtype).repeat_interleave(H // G, dim=2)
     a = log_a.to(dtype).exp().reshape(B, T, H, -1, 1)  # (B, T, H, 1 or K, 1)
 
-    # the recurrence; unbind, because the gradient of q[:, t] would be a full-size tensor at every step
+    # the recurrence; unbind, because the backward of q[:, t] would fill a tensor as large as q at every step
     o = []
     steps = zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), a.unbind(1), strict=True)
     for q_t, k_t, v_t, a_t in steps:
@@ -80,17 +83,16 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         o_t = sum_{s <= t} e^(b_t - b_s) (q_t . k_s) v_s + e^(b_t) S^T q_t      inside the chunk + from before
         S'  = e^(b_L) S + sum_s e^(b_L - b_s) k_s v_s^T                         enters the next chunk
 
-    With one decay per key channel, b_t is a vector, and each factor e^(...) belongs to the product of that
-    channel of q_t and k_s. No exponent is positive, so nothing overflows at any decay. Shapes as at the top
-    of this file.
+    With one decay per key channel, b_t is a vector, and e^(b_t - b_s) goes inside the sum over channels of
+    q_t . k_s. No exponent is positive, so nothing overflows at any decay. Shapes as at the top of this file.
     """
-    log_a, B, T, G, H, K, V = check_inputs(q, k, v, log_a, state)
+    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state)
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
 
-    # The heads of a group share the matmuls of its q and k. With one decay per key channel they cannot: then
-    # every head gets a q and k of its own
+    # The heads of a group share the matmuls of its q and k. With one decay per key channel the decays enter
+    # q and k, so every head needs a copy of its own
     per_channel = log_a.dim() == 4
     if per_channel and G < H:
         q = q.repeat_interleave(H // G, dim=2)
@@ -102,54 +104,58 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     if not per_channel:
         log_a = log_a.unflatten(2, (G, J))  # (B, T, G, J), else (B, T, G, K)
 
-    # 1. Cut T into n chunks of L steps. Steps of zeros are put in front of the first one to fill it up: k = 0
-    #    writes nothing and log_a = 0 forgets nothing
+    # 1. Cut T into n chunks of equal length L. Steps of zeros in front fill up the first chunk: k = 0 writes
+    #    nothing and log_a = 0 forgets nothing
     L = math.ceil(T / math.ceil(T / chunk))
     if per_channel:
         L = 1 << (L - 1).bit_length()  # the next power of two, for decayed_scores
     n = math.ceil(T / L)
     padding = n * L - T
-    chunks = []
+    cut = []
     for x in (q, k, v, log_a):
         x = x.to(dtype)
         if padding:
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (padding, 0))
-        chunks.append(x.unflatten(1, (n, L)).transpose(2, 3))
-    q, k, v, log_a = chunks  # (B, n, G, L, K), the same, (B, n, G, L, J, V), (B, n, G, L, J or K)
+            x = torch.cat([x.new_zeros(B, padding, *x.shape[2:]), x], 1)
+        cut.append(x.unflatten(1, (n, L)).transpose(2, 3))
+    q, k, v, log_a = cut  # (B, n, G, L, K), the same, (B, n, G, L, J, V), (B, n, G, L, J or K)
     b = log_a.cumsum(3)
-    # b_L - b_s. At s = L it is a constant 0, because b_L - b_L would leave rounding errors in the gradient
+    # b_L - b_s. Padded at s = L with a constant 0, because b_L - b_L would leave rounding in the gradient
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
-    # 2. The decayed scores q_t . k_s inside a chunk; and q, k, v with the decays from and to the state
-    if per_channel:  # q and k take the decays, because these belong to their channels
+    # 2. The decayed scores q_t . k_s inside a chunk; the q that read the state which enters the chunk, and
+    #    the k and v that write into the state which leaves it
+    if per_channel:  # q and k take the decays, one for each of their channels
         scores = decayed_scores(q, k, b)[:, :, :, None]  # (B, n, G, 1, L, L)
-        q_reads = q * b.exp()
-        k_writes = k * b_to_end.exp()
-        v_writes = v
+        q_in = q * b.exp()
+        k_out = k * b_to_end.exp()
+        v_out = v
         state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, K, 1, 1)
-    else:  # v takes the decays, and in step 4 the output, because q and k are shared by heads
-        # the first tril sets the exponent of pairs s > t to 0, because e^(+large) could give inf * 0 = NaN in
-        # the gradient; the second sets their score to 0
+    else:  # v and, in step 4, the output take the decays, because the heads share q and k
+        # tril(-1) sets the exponent to 0 where s >= t, because e^(+large) could give inf * 0 = NaN in the
+        # gradient; the second tril sets the scores of s > t to 0
         b_row = b.transpose(3, 4)  # (B, n, G, J, L)
-        decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
-        scores = (q @ k.mT).tril()[:, :, :, None] * decay  # (B, n, G, J, L, L)
-        q_reads = q
-        k_writes = k
-        v_writes = v * b_to_end.exp()[..., None]
+        pair_decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
+        scores = (q @ k.mT).tril()[:, :, :, None] * pair_decay  # (B, n, G, J, L, L)
+        q_in = q
+        k_out = k
+        v_out = v * b_to_end.exp()[..., None]
         state_decay = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, J, 1)
 
     # 3. From chunk to chunk: q reads the state that enters, then the state decays and takes in k v^T
     before = []
-    steps = zip(q_reads.unbind(1), k_writes.unbind(1), v_writes.unbind(1), state_decay.unbind(1), strict=True)
+    steps = zip(q_in.unbind(1), k_out.unbind(1), v_out.unbind(1), state_decay.unbind(1), strict=True)
     for q_i, k_i, v_i, decay_i in steps:
         before.append(q_i @ S.flatten(3))  # (B, G, L, J * V)
         added = (k_i.mT @ v_i.flatten(3)).unflatten(3, (J, V))  # (B, G, K, J, V)
-        S = torch.addcmul(added, decay_i, S)
+        S = torch.addcmul(added, decay_i, S)  # decay_i * S + added, in one pass
     before = torch.stack(before, 1).unflatten(4, (J, V))  # (B, n, G, L, J, V)
 
     # 4. The output: inside the chunk + from before
     inside = (scores @ v.transpose(3, 4)).transpose(3, 4)  # (B, n, G, L, J, V)
-    o = inside + before if per_channel else torch.addcmul(inside, before, b.exp()[..., None])
+    if per_channel:
+        o = inside + before
+    else:
+        o = torch.addcmul(inside, before, b.exp()[..., None])
     o = o.transpose(2, 3).reshape(B, n * L, H, V)[:, padding:]
     return o.to(out_dtype), S.transpose(2, 3).reshape(B, H, K, V)
 
@@ -158,35 +164,37 @@ def decayed_scores(q, k, b):
     """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: q, k, b (..., L, K) -> (..., L, L).
 
     e^(b_t - b_s) cannot be computed as e^(b_t) e^(-b_s): with strong decay e^(-b_s) overflows. Instead halve
-    the chunk, and halve the halves. Every pair s < t is parted by exactly one midpoint m, the last step of a
-    first half, and in e^(b_t - b_m) e^(b_m - b_s) neither exponent is positive. So each level is one matmul
-    of its second halves with its first halves. L is a power of two, here 8:
+    the chunk, and its halves, down to single steps. Every pair s < t lies in the two halves of exactly one
+    piece. With m the last step of its first half, no exponent in e^(b_t - b_m) e^(b_m - b_s) is positive. So
+    all pieces of one size take one batched matmul: the q of second halves with the k of first halves. L is a
+    power of two, here 8:
 
                s  0  1  2  3  4  5  6  7
         t = 0     =
             1     1  =
             2     2  2  =                     =  s = t, which needs no decay
-            3     2  2  1  =                  1  parted by halves of 1 step,   m = 0, 2, 4, 6
-            4     4  4  4  4  =               2  parted by halves of 2 steps,  m = 1, 5
-            5     4  4  4  4  1  =            4  parted by halves of 4 steps,  m = 3
+            3     2  2  1  =                  1  half = 1,  m = 0, 2, 4, 6
+            4     4  4  4  4  =               2  half = 2,  m = 1, 5
+            5     4  4  4  4  1  =            4  half = 4,  m = 3
             6     4  4  4  4  2  2  =
             7     4  4  4  4  2  2  1  =
     """
     L = q.shape[-2]
     scores = (q * k).sum(-1)[..., None, None]  # (..., L, 1, 1): the diagonal, as L blocks of one step
-    for level in range(L.bit_length() - 1):
-        # cut the chunk into pairs of halves; every second half reads what the first half of its pair wrote
-        half = 2**level
-        halves = (L // (2 * half), 2, half)  # pairs, first or second, steps
-        b_first, b_second = b.unflatten(-2, halves).unbind(-3)  # (..., pairs, half, K)
-        b_mid = b_first[..., -1:, :]  # (..., pairs, 1, K)
-        q_second = q.unflatten(-2, halves)[..., 1, :, :] * (b_second - b_mid).exp()
-        k_first = k.unflatten(-2, halves)[..., 0, :, :] * (b_mid - b_first).exp()
-        lower = q_second @ k_first.mT  # (..., pairs, half, half)
-        # a block of this level has two blocks of the level before on its diagonal, and these scores below it
-        first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)  # (..., pairs, half, half)
+    half = 1
+    while half < L:
+        # cut the chunk into pieces of two halves; the second half reads what the first half wrote
+        shape = (L // (2 * half), 2, half)  # pieces, first or second half, steps
+        b_first, b_second = b.unflatten(-2, shape).unbind(-3)  # (..., pieces, half, K)
+        b_mid = b_first[..., -1:, :]  # (..., pieces, 1, K)
+        q_second = q.unflatten(-2, shape)[..., 1, :, :] * (b_second - b_mid).exp()
+        k_first = k.unflatten(-2, shape)[..., 0, :, :] * (b_mid - b_first).exp()
+        lower = q_second @ k_first.mT  # (..., pieces, half, half)
+        # the block of a piece has the blocks of its halves on its diagonal, and `lower` below it
+        first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)  # (..., pieces, half, half)
         top = torch.cat([first, torch.zeros_like(first)], -1)
-        scores = torch.cat([top, torch.cat([lower, second], -1)], -2)  # (..., pairs, 2 * half, 2 * half)
+        scores = torch.cat([top, torch.cat([lower, second], -1)], -2)  # (..., pieces, 2 * half, 2 * half)
+        half *= 2
     return scores.squeeze(-3)
 
 
@@ -194,7 +202,7 @@ def decayed_scores(q, k, b):
 
 
 class TritonScan(torch.autograd.Function):
-    """o and the final state of inputs that triton_scan has padded; log_a is (B, T, H, 1 or K).
+    """The scan and its gradients, for inputs padded by triton_scan; log_a is (B, T, H, 1 or K).
 
     Let dO_t be the gradient that arrives at o_t, R_T the gradient that arrives at the final state, and dS_t
     the whole gradient of S_t, from its own step and from all later ones. Differentiating the recurrence gives
@@ -205,48 +213,52 @@ class TritonScan(torch.autograd.Function):
     The first line is the recurrence again, in reverse time. The second line reads a state in the way that
     o_t = S_t^T q_t does. So one kernel, "add k v^T to a decaying state and read it with q", has four roles:
 
-        role      q    k    v    starts from      time     decay    gives
+        role      q    k    v    starts from      time     decay_of gives
         forward   q    k    v    S_0              forward  key      o, and S_T as its final state
         dq        dO   v    k    S_0 transposed   forward  value    dq
         dk        v    dO   q    R_T transposed   reverse  value    dk
         dv        k    q    dO   R_T              reverse  key      dv, and R_0 as its final state
 
-    In the roles dq and dk the state is transposed, so one decay per key channel acts on what the kernel takes
-    for values. One decay per head acts on the whole state; its `decay` is "scalar" in all four roles.
+    In the roles dq and dk the state is transposed, so a decay per key channel becomes one per value channel
+    of the kernel: decay_of = "value". One decay per head acts on the whole state, in all roles: "head".
     """
 
     @staticmethod
     def forward(ctx, q, k, v, log_a, state, tile):
-        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x
-        T, chunk = q.shape[1], tile[0]
-        b = F.pad(log_a * math.log2(math.e), (0, 0, 0, 0, 0, -T % chunk))
+        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x. The
+        # last chunk is filled up with zeros for its sum
+        chunk, *_ = tile
+        B, T, H, N = log_a.shape
+        b = torch.cat([log_a * math.log2(math.e), log_a.new_zeros(B, (-T) % chunk, H, N)], 1)
         b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        decay = "scalar" if b.shape[3] == 1 else "key"
-        o, final, _ = launch(q, k, v, b, state, tile, decay)
+        o, final, _ = launch(q, k, v, b, state, tile, "head" if N == 1 else "key")
         ctx.save_for_backward(q, k, v, b, state)
         ctx.tile = tile
         return o, final
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
         q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
-        decay, decay_mT = ("scalar", "scalar") if b.shape[3] == 1 else ("key", "value")
-        dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_mT, x=q)
-        dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_mT, reverse=True, x=k)
-        dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay, reverse=True)
+        decay_of, decay_of_mT = ("head", "head") if b.shape[3] == 1 else ("key", "value")
+        # q_dq is q * dq, k_dk is k * dk and before_T is S_T, all three without what the last paragraph says
+        dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_mT, x=q)
+        dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_mT, reverse=True, x=k)
+        dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
 
-        # a_t stands between every k_s with s < t and every q_u with u >= t; R_T counts as a last q. So its
-        # gradient is all that is read from step t on, minus what was also written from step t on:
+        # log a_t scales what steps s < t have written where steps u >= t, or R_T after them, read it. These
+        # are all reads from step t on, less the reads of what was written from step t on:
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
-        # Both sums have what a step writes and reads itself, and what step T writes and R_T reads. It would
-        # cancel but for its rounding error, so the kernel leaves it out of q * dq, k * dk and `before_T`
+        # Two terms are in the plus and in the minus: a step that reads what it writes itself, and R_T that
+        # reads what step T writes. They would cancel but for rounding errors. So the kernel leaves both out
+        # of q_dq and before_T and the first out of k_dk, and here k_dk loses the second
         k_dk[:, -1] = 0
         last = (before_T * dfinal.mT).sum(2)[:, None]  # (B, 1, H, K)
-        if decay == "scalar":
+        if decay_of == "head":
             last = last.sum(-1, keepdim=True)
-        dlog_a = (q_dq - k_dk).flip(1).cumsum(1).flip(1) + last
+        dlog_a = (q_dq - k_dk).flip(1).cumsum(1).flip(1) + last  # the sum over all steps from t on
         return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate, None
 
 
@@ -257,6 +269,10 @@ def sum_heads(gradient, x):
 
 # ---- 5. The launch ----
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_K = 256  # the registers of a GPU have no room for more
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernel runs on a CPU, slowly
+
 
 def triton_scan(q, k, v, log_a, state=None, tile=None):
     """The recurrence as one GPU kernel that also computes its gradients. Shapes as at the top of this file.
@@ -265,7 +281,7 @@ def triton_scan(q, k, v, log_a, state=None, tile=None):
     tile: how the kernel cuts its work, see choose_tile; None chooses
     On a CPU the kernel runs only in Triton's interpreter.
     """
-    log_a, B, T, _, H, K, V = check_inputs(q, k, v, log_a, state)
+    log_a, B, T, _, H, K, V = check_and_clamp(q, k, v, log_a, state)
     assert triton is not None, "triton_scan needs the triton package: use chunked_scan"
     assert q.dtype in KERNEL_DTYPES and K <= MAX_K, f"q is {q.dtype}, K {K}: use chunked_scan"
     assert not INTERPRETED or q.dtype != torch.bfloat16, "Triton's interpreter multiplies bfloat16 wrongly"
@@ -280,7 +296,9 @@ def triton_scan(q, k, v, log_a, state=None, tile=None):
     log_a = pad_last(log_a.float(), K_padded) if per_channel else log_a.float()[..., None]
     state = q.new_zeros(B, H, K, V, dtype=torch.float32) if state is None else state.float()
     state = F.pad(state, (0, parts * V_padded - V, 0, K_padded - K))
-    state = state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)  # (B, H * parts, K_, V_)
+    state = (
+        state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)
+    )  # (B, H * parts, K_padded, V_padded)
 
     # run it, and undo the padding
     tile = tile or choose_tile(q, v, per_channel)
@@ -289,23 +307,21 @@ def triton_scan(q, k, v, log_a, state=None, tile=None):
     return o.reshape(B, T, H, parts * V_padded)[..., :V], final[:, :, :K, :V]
 
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_K = 256  # the registers of a GPU have no room for more
-
-
 def pad_last(x, size):
-    """Zeros up to this size of the last axis. F.pad would copy even when there is nothing to add."""
+    """Fill up the last axis with zeros to a size. F.pad would copy even when there is nothing to add."""
     return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
 def choose_tile(q, v, per_channel):
     """(chunk, block, warps, stages) for padded q and v.
 
-    A program takes `chunk` steps at a time and owns `block` columns of the state, powers of two of at least
-    16. It runs in `warps` groups of 32 threads, and with 2 stages it loads a chunk while it computes another.
-    These choices spill few registers and fit into the 99 KB of shared memory that small GPUs have.
+    A program, one instance of the kernel, takes `chunk` steps at a time and owns `block` columns of the
+    state; both are powers of two from 16 on. It runs in `warps` groups of 32 threads, and with 2 stages it
+    loads a chunk while it computes another. These choices spill few registers and fit into the 99 KB of
+    shared memory that small GPUs have.
     """
-    (B, _, H, V), K = v.shape, q.shape[3]
+    B, _, H, V = v.shape
+    K = q.shape[3]
     float32 = q.dtype == torch.float32
     chunk = 16 if float32 or per_channel else 64
     block = 16 if float32 else 32
@@ -317,8 +333,12 @@ def choose_tile(q, v, per_channel):
     return chunk, block, warps, stages
 
 
-def launch(q, k, v, b, state, tile, decay, reverse=False, x=None):
-    """Run the kernel in one role. Returns o, the final state, and for x = q or k also x * o without s = t."""
+def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
+    """Run one role of the table in TritonScan; K and V are those of the role, swapped in dq and dk.
+
+    x: q in role dq, k in role dk, else None. Returns o, the final state and, where x is given, x times the
+    part of o that earlier steps have written; with one decay per head summed over V.
+    """
     T = v.shape[1]
     B, H, K, V = state.shape
     chunk, block, warps, stages = tile
@@ -326,16 +346,17 @@ def launch(q, k, v, b, state, tile, decay, reverse=False, x=None):
     o = v.new_empty(B, T, H, V)
     final = state.new_empty(B, H, K, V)
     x_o = None
-    if x is not None:  # x * o; with one decay per head only its sum over the columns of each program
-        x_o = b.new_empty(B, T, H, V if decay == "value" else V // block)
+    if x is not None:  # with one decay per head every program writes the sum over its columns
+        x_o = b.new_empty(B, T, H, V // block if decay_of == "head" else V)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         scan_kernel[(B * H * (V // block),)](
             q, k, v, b, state, o, final, x, x_o, T, *state.stride(),
-            H, q.shape[2], k.shape[2], v.shape[2], b.shape[2], 1 if x is None else x.shape[2],
-            K, V, b.shape[3], chunk, block, chunk.bit_length() - 1, reverse, decay,
+            H=H, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], HB=b.shape[2],
+            HX=1 if x is None else x.shape[2], K=K, V=V, N=b.shape[3], L=chunk, BLOCK=block,
+            LEVELS=int(math.log2(chunk)), REVERSE=reverse, DECAY_OF=decay_of,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    if decay == "scalar" and x is not None:
+    if x is not None and decay_of == "head":
         x_o = x_o.sum(3, keepdim=True)
     return o, final, x_o
 
@@ -343,130 +364,136 @@ def launch(q, k, v, b, state, tile, decay, reverse=False, x=None):
 # ---- 6. The kernel ----
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["T"])
+    @triton.jit(do_not_specialize=["T"])  # one compilation for all T
     def scan_kernel(
         q, k, v, b, state, o, final, x, x_o, T, state_b, state_h, state_k, state_v,
         H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr,
         HX: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-        BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
+        BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY_OF: tl.constexpr,
     ):  # fmt: skip
         """One role of the table in TritonScan; q, k, v and o mean what they mean in that role.
 
-        There are H heads of the state; q has HQ heads, k has HK, v has HV, b has HB and x has HX. A program
-        owns BLOCK columns of the state of one head. It walks through the chunks and keeps its piece of the
-        state in registers. No two programs write to the same place, so every run gives the same bits. In a
-        chunk, with S the state that enters, and "before" meant in the direction of time of this role:
+        There are H heads of the state; q has HQ heads, k has HK, v has HV, b has HB and x has HX. b has N
+        columns: 1, K or V. A chunk has L = 2^LEVELS steps. A program owns BLOCK columns of the state of one
+        head. It walks through the chunks and keeps its piece of the state in registers. No two programs write
+        to the same place, so every run gives the same bits. In a chunk, S is the state that enters, and a
+        step is earlier if this role comes to it first:
 
-            o_t = sum_{s = t or before} decay(s, t) (q_t . k_s) v_s + c_in(t) S^T q_t
-            S'  = e^(b_L) S + sum_s c_out(s) k_s v_s^T
+            o_t = sum_{s = t or earlier} d(s, t) (q_t . k_s) v_s + d_in(t) S^T q_t
+            S'  = 2^(b_L) S + sum_s d_out(s) k_s v_s^T
 
-                      decay(s, t)      c_in(t)          c_out(s)
-            forward   e^(b_t - b_s)    e^(b_t)          e^(b_L - b_s)
-            reverse   e^(b_s - b_t)    e^(b_L - b_t)    e^(b_s)
+                      d(s, t)          d_in(t)          d_out(s)
+            forward   2^(b_t - b_s)    2^(b_t)          2^(b_L - b_s)
+            reverse   2^(b_s - b_t)    2^(b_L - b_t)    2^(b_s)
+
+        If x is given, x_o gets x * o without s = t. All matmuls are "ieee": float32 stays float32, not TF32.
         """
         # Which row of the batch, head and columns are this program's. The grid has one axis, because the
-        # others stop at 65535 on a GPU
+        # others stop at 65535 on a GPU; int64, because offsets into large tensors pass 2^31
         BLOCKS: tl.constexpr = V // BLOCK
-        dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
+        in_dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)
         i_block, i_h, i_b = pid % BLOCKS, pid // BLOCKS % H, pid // (BLOCKS * H)
         chunks = tl.cdiv(T.to(tl.int64), L)
         t = tl.arange(0, L)
-        c_k = tl.arange(0, K)
-        c_v = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
-        c_b = c_v if DECAY == "value" else tl.arange(0, N)
+        col_k = tl.arange(0, K)
+        col_v = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+        col_b = col_v if DECAY_OF == "value" else tl.arange(0, N)
 
         # Pointers to this row and head of tensors (B, T, heads, size); the loop adds the steps
-        q += (i_b * T * HQ + i_h // (H // HQ)) * K + c_k[None, :]
-        k += (i_b * T * HK + i_h // (H // HK)) * K + c_k[None, :]
-        v += (i_b * T * HV + i_h // (H // HV)) * V + c_v[None, :]
-        b += (i_b * T * HB + i_h // (H // HB)) * N + c_b[None, :]
-        state += i_b * state_b + i_h * state_h + c_k[:, None] * state_k + c_v[None, :] * state_v
+        q += (i_b * T * HQ + i_h // (H // HQ)) * K + col_k[None, :]
+        k += (i_b * T * HK + i_h // (H // HK)) * K + col_k[None, :]
+        v += (i_b * T * HV + i_h // (H // HV)) * V + col_v[None, :]
+        b += (i_b * T * HB + i_h // (H // HB)) * N + col_b[None, :]
+        state += i_b * state_b + i_h * state_h + col_k[:, None] * state_k + col_v[None, :] * state_v
         S = tl.load(state)
 
         same = t[:, None] == t[None, :]
         earlier = t[:, None] < t[None, :] if REVERSE else t[:, None] > t[None, :]
         for i in range(chunks):
-            # The chunk starts at t0 and has n real steps
+            # The chunk starts at t0 and has n_real steps; those past the end of T are filled up
             t0 = (chunks - 1 - i if REVERSE else i) * L
-            n = tl.minimum(T - t0, L).to(tl.int32)
-            real = t[:, None] < n
+            n_real = tl.minimum(T - t0, L).to(tl.int32)
+            real = t[:, None] < n_real
 
-            # Load it. Steps past the end repeat the last b: 0 would give e^(+large) * 0 in reverse time
-            q_t = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
-            k_t = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K), mask=real, other=0.0)
-            v_t = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V), mask=real, other=0.0)
-            b_t = tl.load(b + t0 * (HB * N) + tl.minimum(t, n - 1)[:, None] * (HB * N))
-            b_L = tl.load(b + (t0 + n - 1) * (HB * N))  # (1, N)
-            c_in = tl.exp2(b_L - b_t if REVERSE else b_t)
-            c_out = tl.exp2(b_t if REVERSE else b_L - b_t)
+            # Load all its steps: q_c, k_c (L, K), v_c (L, BLOCK), b_c (L, N). Past the end q, k and v are 0,
+            # and b repeats its last value, because with b = 0 there b_s - b_t could overflow in reverse time
+            q_c = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
+            k_c = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K), mask=real, other=0.0)
+            v_c = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V), mask=real, other=0.0)
+            b_c = tl.load(b + t0 * (HB * N) + tl.minimum(t, n_real - 1)[:, None] * (HB * N))
+            b_L = tl.load(b + (t0 + n_real - 1) * (HB * N))  # (1, N)
+            d_in = tl.exp2(b_L - b_c if REVERSE else b_c)
+            d_out = tl.exp2(b_c if REVERSE else b_L - b_c)
 
             # y (L, BLOCK): what q reads from the state that enters and from the steps s before t
-            if DECAY == "scalar":
-                gap = tl.trans(b_t) - b_t if REVERSE else b_t - tl.trans(b_t)
-                A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
-                qk_same = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True)
-                A *= tl.exp2(tl.where(earlier, gap, float("-inf")))  # mask the exponent, then exponentiate
-                y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in
-                y = tl.dot(A.to(dtype), v_t, y, input_precision="ieee")
-            elif DECAY == "key":
-                A = tl.zeros((L, L), tl.float32)
-                qk_same = tl.sum(q_t.to(tl.float32) * k_t, 1, keep_dims=True)
+            if DECAY_OF == "head":
+                gap = tl.trans(b_c) - b_c if REVERSE else b_c - tl.trans(b_c)  # (L, L), because N is 1
+                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+                qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
+                gap = tl.where(earlier, gap, float("-inf"))  # before exp2, because 2^(+large) * 0 is NaN
+                scores *= tl.exp2(gap)
+                y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
+                y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
+            elif DECAY_OF == "key":
+                # as in decayed_scores: to_mid is the decay of a step to its midpoint, or from there
+                scores = tl.zeros((L, L), tl.float32)
+                qk_same = tl.sum(q_c.to(tl.float32) * k_c, 1, keep_dims=True)
                 for level in tl.static_range(LEVELS):
-                    to_mid, parted = halves(b, t, t0, n, b_t, HB * N, 1 << level, earlier)
-                    scores = tl.dot(
-                        (q_t * to_mid).to(dtype), tl.trans((k_t * to_mid).to(dtype)), input_precision="ieee"
-                    )
-                    A += tl.where(parted, scores, 0.0)
-                y = tl.dot((q_t * c_in).to(dtype), S.to(dtype), input_precision="ieee")
-                y = tl.dot(A.to(dtype), v_t, y, input_precision="ieee")
+                    to_mid, parted = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
+                    q_mid = (q_c * to_mid).to(in_dtype)
+                    k_mid = (k_c * to_mid).to(in_dtype)
+                    level_scores = tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee")
+                    scores += tl.where(parted, level_scores, 0.0)
+                y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
+                y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
             else:
-                A = tl.dot(q_t, tl.trans(k_t), input_precision="ieee")
-                qk_same = tl.sum(tl.where(same, A, 0.0), 1, keep_dims=True)
-                y = tl.dot(q_t, S.to(dtype), input_precision="ieee") * c_in
+                # a decay per column: to_mid takes v to the midpoint, and what is read on from there
+                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+                qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
+                y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
                 for level in tl.static_range(LEVELS):
-                    to_mid, parted = halves(b, t, t0, n, b_t, HB * N, 1 << level, earlier)
-                    A_mid = tl.where(parted, A, 0.0).to(dtype)
-                    y += tl.dot(A_mid, (v_t * to_mid).to(dtype), input_precision="ieee") * to_mid
+                    to_mid, parted = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
+                    level_scores = tl.where(parted, scores, 0.0).to(in_dtype)
+                    v_mid = (v_c * to_mid).to(in_dtype)
+                    y += tl.dot(level_scores, v_mid, input_precision="ieee") * to_mid
 
-            # For d log a, x * y. Then the output, to which step t itself adds (q_t . k_t) v_t
+            # Store x * y for d log a. Then add the step's own (q_t . k_t) v_t, and store the output
             if x is not None:
-                p_x = ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + c_v[None, :]
+                p_x = ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + col_v[None, :]
                 x_y = y * tl.load(x + p_x, mask=real, other=0.0)
                 row = (i_b * T + t0) * H + i_h + t[:, None] * H
-                if DECAY == "scalar":
+                if DECAY_OF == "head":
                     tl.store(x_o + row * BLOCKS + i_block, tl.sum(x_y, 1, keep_dims=True), mask=real)
                 else:
-                    tl.store(x_o + row * V + c_v[None, :], x_y, mask=real)
-            y += qk_same * v_t
-            p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + c_v[None, :]
-            tl.store(o + p_o, y.to(dtype), mask=real)
+                    tl.store(x_o + row * V + col_v[None, :], x_y, mask=real)
+            y += qk_same * v_c
+            p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + col_v[None, :]
+            tl.store(o + p_o, y.to(in_dtype), mask=real)
 
-            # The state decays to the end of the chunk and takes in k v^T, in role dq without that of step T
+            # The state decays and takes in k v^T. Role dq leaves out step T, as TritonScan.backward says
             if x is not None and not REVERSE:
-                k_t = tl.where(t0 + t[:, None] < T - 1, k_t, 0.0)
-            if DECAY == "key":
+                k_c = tl.where(t0 + t[:, None] < T - 1, k_c, 0.0)
+            if DECAY_OF == "key":
                 S *= tl.trans(tl.exp2(b_L))
-                k_t = (k_t * c_out).to(dtype)
+                k_c = (k_c * d_out).to(in_dtype)
             else:
                 S *= tl.exp2(b_L)
-                v_t = (v_t * c_out).to(dtype)
-            S = tl.dot(tl.trans(k_t), v_t, S, input_precision="ieee")
+                v_c = (v_c * d_out).to(in_dtype)
+            S = tl.dot(tl.trans(k_c), v_c, S, input_precision="ieee")
 
-        tl.store(final + ((i_b * H + i_h) * K + c_k[:, None]) * V + c_v[None, :], S)
+        tl.store(final + ((i_b * H + i_h) * K + col_k[:, None]) * V + col_v[None, :], S)
 
     @triton.jit
-    def halves(b, t, t0, n, b_t, stride, half, earlier):
-        """One level of decayed_scores: the decay (L, N) between each step and its midpoint, and a mask (L, L)
-        of the pairs s, t that a midpoint parts."""
-        pair = t // (2 * half)
+    def halves(b, t, t0, n_real, b_c, stride, half, earlier):
+        """For the pieces of 2 * half steps of decayed_scores: the decay (L, N) between each step and its
+        midpoint, and a mask (L, L) of the s, t in different halves of one piece."""
+        piece = t // (2 * half)
         second = t % (2 * half) >= half
-        mid = tl.minimum(pair * (2 * half) + half - 1, n - 1)
+        mid = tl.minimum(piece * (2 * half) + half - 1, n_real - 1)  # past the end b is that of the last step
         b_mid = tl.load(b + t0 * stride + mid[:, None] * stride)
-        to_mid = tl.exp2(tl.where(second[:, None], b_t - b_mid, b_mid - b_t))
-        return to_mid, earlier & (pair[:, None] == pair[None, :]) & (second[:, None] != second[None, :])
-
-    INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set
+        to_mid = tl.exp2(tl.where(second[:, None], b_c - b_mid, b_mid - b_c))
+        return to_mid, earlier & (piece[:, None] == piece[None, :]) & (second[:, None] != second[None, :])
 
 # ---- 7. Which of the three ----
 
@@ -483,13 +510,13 @@ def choose_backend(device, dtype, K, V):
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "chunked", "the kernel needs a GPU of compute capability 8.0"
         return "triton", "one fused kernel on NVIDIA GPUs"
-    if V == 1:  # Mamba-1: chunks would make L^2 scores for L numbers of v
+    if V == 1:  # Mamba-1: a chunk would compute L^2 scores to mix only L numbers
         return "recurrent", "with V = 1 chunks cost more than they save"
     return "chunked", "matmuls in plain PyTorch run on any device"
 
 
 def scan(q, k, v, log_a, state=None, backend=None):
-    """The scan of BACKENDS that is called `backend`; None takes the one of choose_backend."""
+    """Run BACKENDS[backend], or if None the scan that choose_backend names."""
     if backend is None:
         backend, _ = choose_backend(q.device, q.dtype, q.shape[3], v.shape[3])
     with torch.autocast(q.device.type, enabled=False):  # the sums and the state stay in float32
