@@ -1,15 +1,16 @@
 """The key figures of the paper (Buitrago & Gu, ICML 2025), from one command.
 
     python eval.py reproduce                        train what is missing, then draw every figure
-    python eval.py                                  draw what the runs that are there allow
+    python eval.py                                  draw every figure whose runs exist
     python eval.py poswise effrem                   draw these figures
     python eval.py poswise --init RUN --data PATH   how a given checkpoint breaks past its training length
+    python eval.py passkey --init RUN               how far it finds a passkey, by length and depth
     python eval.py babilong --init RUN --data FILE  its accuracy on published BABILong files
     python eval.py sample --init RUN --prompt "import os"
 
 Runs are the folders that train.py writes under --out. Every measurement is kept beside its checkpoint as one
-JSON file. Pictures go to {out}/figures, all numbers to {out}/results.json. Letters are those of lengthgen.py;
-positions and lengths are multiples of the training length T.
+JSON file. Pictures go to {out}/figures, all numbers to {out}/results.json. Positions and lengths are
+multiples of the training length T.
 """
 
 import argparse
@@ -30,13 +31,14 @@ import train
 
 # ---- 1. The figures ----
 # A measure gets a model, the text, and the length and the task that the model was trained on. It returns the
-# labels of the axes, the places x, and panels, {title: values}. Its defaults say how much it measures.
+# labels of the axes, the places x, and values, {title of a panel: a list with one for each x}. Its default
+# arguments set how much it measures.
 
-AT = "position (T)"
+POSITION = "position (T)"
 
 
-def streams(task, corpus, T, B, windows):
-    """B streams of held-out episodes of a task: tokens (B, windows*T + 1), part (B, windows*T)."""
+def held_out_streams(task, corpus, T, B, windows):
+    """B streams of windows of a task from held-out text: tokens (B, windows*T + 1), part (B, windows*T)."""
     function = lg.TASKS[task][0]
     rows = lg.Rows(corpus, "val", B, continues=True, seed=0)
     tokens, part = lg.stream(function, rows, T, windows)
@@ -55,60 +57,61 @@ def text_loss(model, corpus, T, task):
     return train.loss_by_position(model, corpus, T, "text", B=128)
 
 
-def gap(model, corpus, T, task, B=128, windows=64):
+def gap(model, corpus, T, task, B=128):
     """lengthgen.paired_gap of plain text, as means over ranges of blocks that double in length."""
-    tokens, _ = streams("text", corpus, T, B, windows)
-    gaps = lg.paired_gap(model, tokens, T)
     ends = [2, 4, 8, 16, 32, 64]
+    tokens, _ = held_out_streams("text", corpus, T, B, ends[-1])
+    gaps = lg.paired_gap(model, tokens, T)
     means = [float(gaps[end // 2 : end].mean()) for end in ends]
     title = "the same text after the whole past, minus after T"
-    return dict(xlabel=AT, ylabel="paired gap (nats)", x=ends, panels={title: means})
+    return dict(xlabel=POSITION, ylabel="paired gap (nats)", x=ends, values={title: means})
 
 
-def state(model, corpus, T, task, B=64, windows=64):
-    """How much lengthgen.state_std grows from T on."""
-    tokens, _ = streams(task, corpus, T, B, windows)
+def state_growth(model, corpus, T, task, B=64):
+    """lengthgen.state_std after t tokens, divided by that after T."""
     x = [0.5, 1, 2, 4, 8, 16, 32, 64]
+    tokens, _ = held_out_streams(task, corpus, T, B, x[-1])
     full, layers, _ = lg.state_std(model, tokens, [int(T * multiple) for multiple in x])
-    panels = {"the full state": (full / full[1]).tolist()}
-    for i, layer in enumerate(layers.T):
-        panels[f"layer {i}"] = (layer / layer[1]).tolist()
-    return dict(xlabel="t (T)", ylabel="std over that at T", x=x, panels=panels)
+    at_T = x.index(1)
+    values = {"the full state": (full / full[at_T]).tolist()}
+    for i, layer in enumerate(layers.unbind(1)):
+        values[f"layer {i}"] = (layer / layer[at_T]).tolist()
+    return dict(xlabel="t (T)", ylabel="std / std at T", x=x, values=values)
 
 
 def retention(model, corpus, T, task, B=256):
-    """How much of its state each head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted."""
-    tokens, _ = streams(task, corpus, T, B, 1)
+    """The share of its state that a head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted."""
+    tokens, _ = held_out_streams(task, corpus, T, B, 1)
     kept = []
     for log_a in lg.decays(model, tokens[:, :-1]):
         share = log_a.sum(1).exp().mean(0)  # (H,), or (H, K) with one decay per key channel
         kept += share.reshape(len(share), -1).mean(1).tolist()
     x = list(range(1, len(kept) + 1))
-    panels = {"what heads keep over T": sorted(kept)}
-    return dict(xlabel="head, sorted", ylabel="share of the state", x=x, panels=panels)
+    values = {"what heads keep over T": sorted(kept)}
+    return dict(xlabel="head, sorted", ylabel="share of the state", x=x, values=values)
 
 
-def minus(model, corpus, T, task):
+def decay_minus(model, corpus, T, task):
     """The loss far beyond T when every log_a is made smaller by d, without training."""
     amounts = [0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]
-    changes = [lambda log_a, d=d: log_a - d for d in amounts]
-    panels = changed_losses(model, corpus, T, task, changes)
-    return dict(xlabel="d: log_a minus d", ylabel="loss beyond 4 T (nats)", x=amounts, panels=panels)
+    changes = [lambda log_a, d=d: log_a - d for d in amounts]  # d=d: each function has a d of its own
+    values = changed_losses(model, corpus, T, task, changes)
+    return dict(xlabel="d: log_a minus d", ylabel="loss beyond 4 T (nats)", x=amounts, values=values)
 
 
-def times(model, corpus, T, task):
+def decay_times(model, corpus, T, task):
     """The loss far beyond T when every log_a is multiplied by c, without training."""
     amounts = [1, 1.5, 2, 3, 5, 8, 12]
     changes = [lambda log_a, c=c: log_a * c for c in amounts]
-    panels = changed_losses(model, corpus, T, task, changes)
-    return dict(xlabel="c: log_a times c", ylabel="loss beyond 4 T (nats)", x=amounts, panels=panels)
+    values = changed_losses(model, corpus, T, task, changes)
+    return dict(xlabel="c: log_a times c", ylabel="loss beyond 4 T (nats)", x=amounts, values=values)
 
 
 def changed_losses(model, corpus, T, task, changes, B=32, windows=64):
     """{part of the task: the loss from 4 T on with each change of log_a}."""
-    tokens, part = streams(task, corpus, T, B, windows)
-    _, _, names = lg.TASKS[task]
-    bins = part.astype(int) - 1  # one for each part of the task
+    tokens, part = held_out_streams(task, corpus, T, B, windows)
+    _, _, names, _ = lg.TASKS[task]
+    bins = part.astype(int) - 1  # part 1, 2, ... into bin 0, 1, ...; -1 leaves a target out
     bins[:, : 4 * T] = -1
     losses = []
     for change in changes:
@@ -119,13 +122,13 @@ def changed_losses(model, corpus, T, task, changes, B=32, windows=64):
 
 
 def effrem(model, corpus, T, task, B=64):
-    """The mean of lengthgen.effective_remembrance after 4 T over the predictions of each part of a task."""
-    tokens, part = streams(task, corpus, T, B, 5)
-    _, _, names = lg.TASKS[task]
-    starts = [1]
-    for eighths in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32):
-        if T * eighths // 8 > starts[-1]:
-            starts.append(T * eighths // 8)
+    """How much predictions after 4 T change without the first t tokens (lengthgen.effective_remembrance).
+
+    The mean over the predictions of each part of the task.
+    """
+    tokens, part = held_out_streams(task, corpus, T, B, 5)
+    _, _, names, _ = lg.TASKS[task]
+    starts = sorted({max(1, T * eighths // 8) for eighths in (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32)})
 
     # a few rows at a time, because every suffix is one more row of the batch
     distances = []
@@ -134,42 +137,46 @@ def effrem(model, corpus, T, task, B=64):
         distances.append(lg.effective_remembrance(model, rows, starts, 4 * T))
     distance = torch.cat(distances, dim=1)  # (starts, B, T)
     part = torch.from_numpy(part[:, 4 * T :])
-    panels = {}
+    values = {}
     for i, name in enumerate(names, 1):
-        panels[f"predictions of {name}"] = distance[:, part == i].mean(1).tolist()
+        values[f"predictions of {name}"] = distance[:, part == i].mean(1).tolist()
     x = [start / T for start in starts]
-    return dict(xlabel="t: tokens left out (T)", ylabel="EffRem(t), total variation", x=x, panels=panels)
+    return dict(xlabel="t: tokens left out (T)", ylabel="EffRem(t), total variation", x=x, values=values)
 
 
-def packed(model, corpus, T, task, B=256, windows=4):
+def copy_accuracy(model, corpus, T, task, B=256, windows=4):
     """The mean of lengthgen.accuracy over the copied letters in each window of a stream of packed strings."""
-    tokens, part = streams(task, corpus, T, B, windows)
+    tokens, part = held_out_streams(task, corpus, T, B, windows)
     right = lg.accuracy(model, tokens, part == 1).unflatten(1, (windows, T))
-    panels = {"packed strings": right.nanmean((0, 2)).tolist()}
-    return dict(xlabel=AT, ylabel="accuracy", x=list(range(1, windows + 1)), panels=panels)
+    values = {"packed strings": right.nanmean((0, 2)).tolist()}
+    return dict(xlabel=POSITION, ylabel="accuracy", x=list(range(1, windows + 1)), values=values)
 
 
-def passkey(model, corpus, T, task, B=32, lengths=(1, 2, 4, 8, 16, 32, 64, 128)):
-    """The share of windows whose five digits come first in the greedy continuation."""
-    panels = {}
-    for distance in (1, 3, 8):
-        shares = []
-        for length in lengths:
-            depth = max(0, 1 - distance / length)
-            tokens, part = lg.passkey(lg.Rows(corpus, "val", B, continues=False, seed=0), T * length, depth)
-            shares.append(exact_match(model, tokens, part == 2))
-        panels[f"up to {distance} T of filler after the key"] = shares
-    return dict(xlabel="length (T)", ylabel="accuracy", x=list(lengths), panels=panels)
+def passkey_accuracy(model, corpus, T, task, B=32, lengths=(1, 2, 4, 8, 16, 32, 64, 128)):
+    """The share of windows where greedy decoding gives the five digits, by depth of the key in the filler."""
+    progress = train.Progress()
+    depths = (0.1, 0.5, 0.9)
+    values = {f"the key at depth {depth}": [] for depth in depths}
+    for i, length in enumerate(lengths):
+        for depth, shares in zip(depths, values.values(), strict=True):
+            rows = lg.Rows(corpus, "val", B, continues=False, seed=0)
+            tokens, part = lg.passkey(rows, T * length, depth)
+            shares.append(exact_match(model, tokens, part == 2))  # the key that is asked for
+        progress(sum(lengths[: i + 1]) / sum(lengths))
+    return dict(xlabel="length (T)", ylabel="share of right keys", x=list(lengths), values=values)
 
 
-def babilong(model, corpus, T, task, B=64, lengths=(1, 2, 4, 8, 16)):
-    """The share of our own stories whose question is answered in the very words."""
+def babilong_accuracy(model, corpus, T, task, B=64, lengths=(1, 2, 4, 8, 16)):
+    """The share of our own stories whose answer greedy decoding gives exactly."""
+    progress = train.Progress()
     shares = []
-    for length in lengths:
-        tokens, part = lg.babilong(lg.Rows(corpus, "val", B, False, 0), T * length)
-        shares.append(exact_match(model, tokens, part))
-    panels = {"Where is Mary?": shares}
-    return dict(xlabel="length (T)", ylabel="accuracy", x=list(lengths), panels=panels)
+    for i, length in enumerate(lengths):
+        rows = lg.Rows(corpus, "val", B, continues=False, seed=0)
+        tokens, part = lg.babilong(rows, T * length)
+        shares.append(exact_match(model, tokens, part == 1))
+        progress(sum(lengths[: i + 1]) / sum(lengths))
+    values = {"Where is Mary?": shares}
+    return dict(xlabel="length (T)", ylabel="share of right answers", x=list(lengths), values=values)
 
 
 def exact_match(model, tokens, asked):
@@ -178,36 +185,42 @@ def exact_match(model, tokens, asked):
     return float((~wrong.any(1)).double().mean())
 
 
-# Which runs a figure compares: {label: run}, the run being the label where it needs no other name. Every new
-# intervention is compared with the others.
-FORKS = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
-PAIR = {run: run for run in ["base", "state_passing", *FORKS]}
-MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *FORKS]}
-ALL = {run: run for run in [*train.STYLES, *FORKS]}
-FULL = {run: run for run in ALL if run != "state_passing-scan"}
-NO_NOISE = {run: run for run in ["zero", "fitted_noise"]}
+# Which runs a figure compares, as {label in the figure: run}. A run "T26/base" lies under {out}/T26. Every
+# intervention that is added to lengthgen.py is compared with the others.
+ADDED = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
+PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
+MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
+ALL = {run: run for run in [*train.STYLES, *ADDED]}
+ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
-by_position = train.loss_by_position
-FIGURES = {  # name: (title, experiment of PLAN, what is drawn: (measure, task of the runs, the runs))
+FIGURES = {  # name: (title, experiment of PLAN below, what is drawn: (measure, task of the runs, the runs))
     "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
-    "interventions": ("The interventions on the initial state", "echo", [(by_position, "echo", ALL)]),
-    "text": ("Streams of pure text", "mixed", [(text_loss, "mixed", FULL), (gap, "mixed", FULL)]),
-    "state": ("The std of the state, over that at T", "echo", [(state, "echo", PAIR)]),
+    "interventions": (
+        "The interventions on the initial state",
+        "echo",
+        [(train.loss_by_position, "echo", ALL)],
+    ),
+    "text": (
+        "Streams of pure text",
+        "mixed",
+        [(text_loss, "mixed", ALL_BUT_SCAN), (gap, "mixed", ALL_BUT_SCAN)],
+    ),
+    "state": ("The std of the state, divided by that at T", "echo", [(state_growth, "echo", PAIR)]),
     "forgetting": (
         "Why not simply forget faster?",
         "echo",
-        [(retention, "echo", PAIR), (minus, "echo", PAIR), (times, "echo", PAIR)],
+        [(retention, "echo", PAIR), (decay_minus, "echo", PAIR), (decay_times, "echo", PAIR)],
     ),
     "effrem": ("Effective remembrance at 4 T", "echo", [(effrem, "echo", MAIN)]),
-    "copying": ("Copying random letters", "copy", [(packed, "copy", MAIN)]),
-    "passkey": ("A passkey after fine-tuning", "passkey", [(passkey, "passkey", NO_NOISE)]),
-    "babilong": ("BABILong after fine-tuning", "babilong", [(babilong, "babilong", STARTS)]),
+    "copying": ("Copying random letters", "copy", [(copy_accuracy, "copy", MAIN)]),
+    "passkey": ("A passkey after fine-tuning", "passkey", [(passkey_accuracy, "passkey", ALL_BUT_SCAN)]),
+    "babilong": ("BABILong after fine-tuning", "babilong", [(babilong_accuracy, "babilong", STARTS)]),
     "sweep": (
         "When does a base break?",
         "sweep",
-        [(by_position, "echo", STEPS), (by_position, "echo", LENGTHS)],
+        [(train.loss_by_position, "echo", STEPS), (train.loss_by_position, "echo", LENGTHS)],
     ),
 }
 
@@ -218,7 +231,7 @@ class MissingRuns(ValueError):
     """A figure has no finished runs to draw."""
 
 
-def draw(name, args, corpus, device):
+def draw_figure(name, args, corpus, device):
     """Draw one figure of the runs under --out, print its numbers, and add them to results.json.
 
     Raises MissingRuns if there is no run for it.
@@ -235,11 +248,11 @@ def draw(name, args, corpus, device):
                 if measurement:
                     found.setdefault(label, []).append(measurement)
         if not found:
-            command = f"python eval.py reproduce {name} --model {args.model} --out {args.out}"
+            command = f"python eval.py reproduce {name} --model {args.model} --out {shlex.quote(args.out)}"
             raise MissingRuns(f"no finished run of {args.model} on {task}, make it with: {command}")
         panels += train.panels_of(found, args.seeds)
     path = os.path.join(args.out, "figures", f"{args.model}-{name}.png")
-    train.draw(panels, path, f"{title}\n{args.model}, {args.seeds} seed{'s' * (args.seeds > 1)}")
+    train.draw(panels, path, f"{title}\n{args.model}, seeds: {args.seeds}")
     print(f"\n{name}: {path}")
     train.print_table(panels)
 
@@ -247,9 +260,10 @@ def draw(name, args, corpus, device):
     file = Path(args.out, "results.json")
     results = {}
     if file.exists():
-        with lg.reading(file, "results of eval.py, remove it"):
+        with lg.reading(file, "results of eval.py; remove the file to start anew"):
             results = json.loads(file.read_text())
-    command = f"python eval.py {name} --out {args.out} --model {args.model} --seeds {args.seeds}"
+    out = shlex.quote(args.out)
+    command = f"python eval.py {name} --out {out} --model {args.model} --seeds {args.seeds}"
     entry = dict(picture=path, command=command, versions=train.VERSIONS, panels=panels)
     results.setdefault(args.model, {})[name] = entry
     lg.write_text(file, json.dumps(results, indent=1))
@@ -266,43 +280,49 @@ def measure_run(folder, measure, corpus, device):
     if not os.path.exists(os.path.join(folder, lg.CHECKPOINT)):
         return None
     checkpoint = lg.load_checkpoint(folder)
-    s = argparse.Namespace(**checkpoint["settings"])
-    if checkpoint["step"] < s.steps:
+    settings = argparse.Namespace(**checkpoint["settings"])
+    if checkpoint["step"] < settings.steps:
         return None
 
-    # what the same command would make today, but for the weights that it would start from
+    # refuse a run that today's code and text would not make; the weights it started from are not known here
     model = lg.model_from_checkpoint(checkpoint).to(device).eval()
-    run = train.describe_run(s, model, corpus)
-    del run["made_from"][train.BASE]
-    if s.init is None:
-        config = lg.ModelConfig(layer=s.model, vocab_size=corpus.vocab_size, **train.TINY_MODELS[s.model])
+    run = train.describe_run(settings, model, corpus)
+    del run["made_from"][train.START]
+    if settings.init is None:
+        sizes = train.TINY_MODELS[settings.model]
+        config = lg.ModelConfig(layer=settings.model, vocab_size=corpus.vocab_size, **sizes)
         run["config"] = asdict(config)
     train.check_same_run(checkpoint, run, folder)
     train.tell_scan(model)
-    return train.measured(folder, measure, model, corpus, s.T, s.task)
+    return train.load_or_measure(folder, measure, model, corpus, settings.T, settings.task)
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
+# command_lines fills in {out}, {model} and {seed}, and for {echo} {out}/{model}-echo, so that
+# {echo}-base-s{seed} is the folder of a run on echo.
 
-# not pre-trained for longer, because the base then learns by itself to forget the string before this one
+# only 1000 steps, because a base that is trained for longer learns by itself to forget the previous string
 COPY_BASE = "--task copy --T 44 --steps 1000"
-COPY = "--init {out}/{model}-copy-base-s{seed} --steps 1000 --lr 2e-3 --zero-prob 0.2"
-# the base of echo can repeat what it has just read
-PASSKEY = "--task passkey --T 160 --batch 32 --steps 600 --lr 3e-3 --zero-prob 0.1 --init {echo}-base-s{seed}"
-BABILONG = "--task babilong --T 144 --batch 32 --steps 500 --lr 3e-3 --intervention zero"
-PLAN = {  # {echo}-base-s{seed} is the folder of a run of echo
-    "echo": [f"--task echo --intervention {name}" for name in lg.INTERVENTIONS],
-    "mixed": [f"--task mixed --intervention {name}" for name in lg.INTERVENTIONS],
-    "copy": [COPY_BASE, f"{COPY} --intervention zero", f"{COPY} --intervention state_passing"],
-    "passkey": ["--task echo", f"{PASSKEY} --intervention zero", f"{PASSKEY} --intervention fitted_noise"],
+COPY = "--init {out}/{model}-copy-base-s{seed} --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention "
+PASSKEY_BASE = "--task passkey --batch 32 --steps 2500"
+PASSKEY = "--init {out}/{model}-passkey-base-s{seed} --batch 32 --steps 800 --zero-prob 0 --intervention "
+BABILONG = "--task babilong --T 144 --batch 32 --steps 500 --lr 3e-3 --intervention zero "
+PLAN = {
+    "echo": [
+        *("--task echo --intervention " + name for name in lg.INTERVENTIONS),
+        "--task echo --intervention state_passing --carry scan",
+    ],
+    "mixed": ["--task mixed --intervention " + name for name in lg.INTERVENTIONS],
+    "copy": [COPY_BASE, COPY + "zero", COPY + "state_passing"],
+    "passkey": [PASSKEY_BASE, *(PASSKEY + name for name in lg.INTERVENTIONS)],
     "babilong": [
         "--task echo --intervention state_passing",
         "--task echo --intervention tbtt",
-        BABILONG + " --init {echo}-base-s{seed} --out {out}/from-base",
-        BABILONG + " --init {echo}-state_passing-s{seed} --out {out}/from-sp",
-        BABILONG + " --init {echo}-tbtt-s{seed} --out {out}/from-tbtt",
+        BABILONG + "--init {echo}-base-s{seed} --out {out}/from-base",
+        BABILONG + "--init {echo}-state_passing-s{seed} --out {out}/from-sp",
+        BABILONG + "--init {echo}-tbtt-s{seed} --out {out}/from-tbtt",
     ],
-    "sweep": [  # batches of as many tokens
+    "sweep": [  # batch * T is about 3200 tokens in all
         "--task echo",
         "--task echo --steps 200 --out {out}/steps200",
         "--task echo --steps 400 --out {out}/steps400",
@@ -310,7 +330,6 @@ PLAN = {  # {echo}-base-s{seed} is the folder of a run of echo
         "--task echo --T 98 --batch 33 --out {out}/T98",
     ],
 }
-PLAN["echo"].append("--task echo --intervention state_passing --carry scan")
 
 
 def reproduce(figures, args):
@@ -333,7 +352,7 @@ def command_lines(experiment, args, seed):
     lines = []
     for line in PLAN[experiment]:
         line = line.format(out=out, model=args.model, seed=seed, echo=f"{out}/{args.model}-echo")
-        if "--init" not in line:
+        if "--init" not in line:  # with it the model is known
             line += f" --model {args.model}"
         if "--out" not in line:
             line += f" --out {out}"
@@ -343,26 +362,44 @@ def command_lines(experiment, args, seed):
     return lines
 
 
-# ---- 4. One given checkpoint, `sample` ----
+# ---- 4. One checkpoint, given by --init ----
 
 
-def given_poswise(args, model, settings, tokenizer):
-    """How one checkpoint, ours or another library's, breaks past its training length."""
+def measure_given(args, model, settings, tokenizer):
+    """How far one checkpoint, ours or another library's, holds: loss by position, or accuracy by length."""
+    what = args.what[0]
     T = args.T or settings["T"]
-    task = args.task or settings["task"]
     corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
     train.check_vocabulary(model, corpus, args.init)
-    losses = train.loss_by_position(model, corpus, T, task, args.rows, args.windows)
     name = os.path.basename(os.path.abspath(args.init))
-    path = os.path.join(args.out, f"poswise-{name}")
-    train.report({name: losses}, f"{path}.png", f"{args.init} on {task}, trained on T = {T} tokens")
-    lg.write_text(f"{path}.json", json.dumps(dict(losses, T=T, command=shlex.join(sys.argv)), indent=1))
+    path = os.path.join(args.out, f"{what}-{name}")
+    if what == "poswise":
+        task = args.task or settings["task"]
+        measurement = train.loss_by_position(model, corpus, T, task, args.rows, args.windows)
+        train.report({name: measurement}, f"{path}.png", f"{args.init} on {task}, T = {T} tokens")
+    else:
+        measure = {"passkey": passkey_accuracy, "babilong": babilong_accuracy}[what]
+        lengths = [2**i for i in range(args.windows.bit_length())]
+        measurement = measure(model, corpus, T, what, args.rows or 32, lengths)
+        panels = train.panels_of({name: [measurement]})
+        train.print_table(panels)
+        train.draw(panels, f"{path}.png", f"{args.init} on {what}, T = {T} tokens")
+        print(f"picture: {path}.png")
+    lg.write_text(f"{path}.json", json.dumps(dict(measurement, T=T, command=shlex.join(sys.argv)), indent=1))
 
 
 def given_babilong(args, model, settings, tokenizer):
-    """Accuracy of one checkpoint on published BABILong files: --data with qa1 to qa5 in their names."""
-    if not args.data:
-        raise ValueError("babilong needs --data, published files with qa1 to qa5 in their names")
+    """Accuracy of one checkpoint: on published files, with qa1 to qa5 in their names, else on our own stories.
+
+    --data: the published files, or the background of our stories
+    --prompt: a file of solved examples that comes before each published text (few shot)
+    """
+    if not any("qa" in os.path.basename(file) for file in args.data or []):
+        return measure_given(args, model, settings, tokenizer)
+    examples = ""
+    if args.prompt is not None:
+        with lg.reading(args.prompt, "text"), open(args.prompt, encoding="utf-8") as f:
+            examples = f.read()
     accuracy = {}
     for file in args.data:
         qa = re.search(r"qa([1-5])(?!\d)", os.path.basename(file))
@@ -371,8 +408,8 @@ def given_babilong(args, model, settings, tokenizer):
         right = 0
         entries = lg.read_babilong(file, args.rows or 64)
         for text, question, answer in entries:
-            # bytes are asked to go on after a space; other vocabularies have it in front of the next word
-            prompt = text + " " if model.config.vocab_size == 258 else text
+            # in bytes the prompt ends with the space; other tokenizers have it in front of the next word
+            prompt = f"{examples}{text} " if tokenizer == "bytes" else examples + text
             output = continuation(args, model, tokenizer, prompt, 16, 0.0)
             right += lg.babilong_score(output, answer, question, int(qa[1]))
         accuracy[file] = right / len(entries)
@@ -385,19 +422,20 @@ def given_babilong(args, model, settings, tokenizer):
 def sample(args, model, settings, tokenizer):
     """Print what a checkpoint writes after a prompt."""
     torch.manual_seed(args.seed)
-    print(args.prompt + continuation(args, model, tokenizer, args.prompt, args.tokens, args.temperature))
+    prompt = "import os\n" if args.prompt is None else args.prompt
+    print(prompt + continuation(args, model, tokenizer, prompt, args.tokens, args.temperature))
 
 
 def continuation(args, model, tokenizer, prompt, n, temperature):
     """The text of the next n tokens after a prompt, without special tokens."""
-    corpus = lg.Corpus("no text", None, None, *lg.load_tokenizer(tokenizer))
+    corpus = lg.Corpus("no text", None, None, **lg.load_tokenizer(tokenizer)._asdict())
     train.check_vocabulary(model, corpus, args.init)
     tokens = np.array([[corpus.bos, *corpus.encode(prompt)]], dtype=np.int64)
     output = [int(token) for token in lg.generate(model, tokens, n, temperature)]
     return corpus.decode([token for token in output if token < corpus.words])
 
 
-GIVEN = {"poswise": given_poswise, "babilong": given_babilong, "sample": sample}
+GIVEN = {"poswise": measure_given, "passkey": measure_given, "babilong": given_babilong, "sample": sample}
 
 # ---- 5. The command line ----
 
@@ -407,31 +445,33 @@ def parse_arguments(argv):
     p.add_argument("what", nargs="*", help=f"reproduce, sample, or some of {', '.join(FIGURES)} (all)")
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--model", default="mamba2", choices=train.TINY_MODELS, help="architecture of the runs")
-    p.add_argument("--seeds", type=train.positive, default=1, help="how many: 3 stands for 0, 1 and 2")
+    p.add_argument("--seeds", type=train.positive_type, default=1, help="how many: 3 stands for 0, 1 and 2")
     p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
-    p.add_argument("--init", metavar="RUN", help="poswise, babilong, sample: of this checkpoint")
+    p.add_argument("--init", metavar="RUN", help="poswise, passkey, babilong, sample: this checkpoint")
     p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (the task of its run)")
-    p.add_argument("--T", type=train.positive, help="with --init: its training length (that of its run)")
+    p.add_argument("--T", type=train.positive_type, help="with --init: its training length (that of its run)")
     p.add_argument("--data", nargs="+", metavar="PATH", help="with --init: text, or published BABILong files")
     p.add_argument("--tokenizer", help="with --init: as in train.py (that of its run)")
-    p.add_argument("--windows", type=train.positive, default=64, help="with --init: length of streams, in T")
-    p.add_argument("--rows", type=train.positive, help="with --init: how many streams, questions")
-    p.add_argument("--prompt", default="import os\n", help="sample: what comes first")
-    p.add_argument("--tokens", type=train.positive, default=400, help="sample: how many to write")
+    p.add_argument("--windows", type=train.positive_type, help="with --init: longest stream, in T (64)")
+    p.add_argument("--rows", type=train.positive_type, help="with --init: how many of them")
+    p.add_argument("--prompt", help="sample: what comes first; babilong: a file of solved examples")
+    p.add_argument("--tokens", type=train.positive_type, default=400, help="sample: how many to write")
     p.add_argument(
-        "--temperature", type=train.not_negative, default=0.8, help="sample: 0 takes the likeliest"
+        "--temperature", type=train.not_negative_type, default=0.8, help="sample: 0 takes the likeliest"
     )
-    p.add_argument("--seed", type=train.seed, default=0, help="sample: another seed, another text")
+    p.add_argument("--seed", type=train.seed_type, default=0, help="sample: random seed")
     args = p.parse_args(argv)
     for name in args.what:
         if name not in (*FIGURES, "reproduce", "sample"):
             raise ValueError(f"unknown figure {name!r}, expected reproduce, sample or {', '.join(FIGURES)}")
-    for name in ("task", "T", "data", "tokenizer"):
-        if getattr(args, name) and args.init is None:
-            raise ValueError(f"--{name} goes with --init RUN, figures of own runs need none")
-    if args.init is not None or "sample" in args.what:
-        if args.init is None or len(args.what) != 1 or args.what[0] not in GIVEN:
-            raise ValueError(f"--init RUN goes with one of {', '.join(GIVEN)}, got {' '.join(args.what)!r}")
+    if "sample" in args.what and args.init is None:
+        raise ValueError("sample needs --init RUN")
+    for name in ("task", "T", "data", "tokenizer", "windows", "rows", "prompt"):
+        if getattr(args, name) is not None and args.init is None:
+            raise ValueError(f"--{name} needs --init RUN")
+    if args.init is not None and (len(args.what) != 1 or args.what[0] not in GIVEN):
+        raise ValueError(f"--init RUN goes with one of {', '.join(GIVEN)}, got {' '.join(args.what)!r}")
+    args.windows = args.windows or 64
     return args
 
 
@@ -460,7 +500,7 @@ def main(argv=None):
     corpus = lg.load_corpus()
     for name in asked or FIGURES:
         try:
-            draw(name, args, corpus, device)
+            draw_figure(name, args, corpus, device)
         except MissingRuns as error:
             if asked:
                 raise
@@ -468,7 +508,7 @@ def main(argv=None):
     print(f"\n{(time.time() - started) / 60:.1f} minutes in all")
 
 
-# the sources of the measures are read now, as those in train.py
+# fill the cache of train.read_source before the file can change
 for _, _, blocks in FIGURES.values():
     for measure, _, _ in blocks:
         train.sources(measure, modules=("kernels", "lengthgen", measure.__module__))

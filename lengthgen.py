@@ -2,8 +2,8 @@
 
 Recurrent language models break past the length that they were trained on. Trained from a zero state, they
 meet only a part of the states that a long sequence reaches ("unexplored states"). The cure is to start
-training sequences from other states. Paper: Buitrago & Gu, ICML 2025, arXiv 2507.02782; its sections are
-numbered here as in version 1. Read sections 1 to 4 for the paper; the recurrence itself is in kernels.py.
+training sequences from other states. Paper: Buitrago & Gu, ICML 2025, arXiv 2507.02782; "paper, section 4"
+is a section of its version 1. Sections 1 to 4 of this file are its method; the recurrence is in kernels.py.
 
     1 configuration and state              5 tasks: what the models are trained and tested on
     2 the layers: Mamba-2, GLA, Mamba-1    6 measures: what the figures show
@@ -12,6 +12,7 @@ numbered here as in version 1. Read sections 1 to 4 for the paper; the recurrenc
 
     B batch    T length (of training, when nothing else is said)    D model width    C vocabulary
     H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
+    Mamba's own B and C are called k and q here.
 """
 
 import contextlib
@@ -23,9 +24,7 @@ import math
 import os
 import pickle
 import re
-import sys
 import sysconfig
-import unittest.mock
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -39,14 +38,20 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import kernels
-from kernels import scan
+from kernels import scan  # by its own name, so that changed_decay can replace it
 
 # ---- 1. Configuration and state ----
+
+OFFICIAL_DEFAULTS = {
+    "mamba2": dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128),
+    "mamba1": dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16),
+    "gla": dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6),
+}
 
 
 @dataclass
 class ModelConfig:
-    """The sizes of a model, named as in the official checkpoints. None means the layer's default, below."""
+    """The sizes of a model, by the names of the official code. None takes the layer's OFFICIAL_DEFAULTS."""
 
     layer: str = "mamba2"  # "mamba2", "gla" or "mamba1"
     vocab_size: int = 50277  # C
@@ -66,7 +71,7 @@ class ModelConfig:
     num_heads: int = 4  # H
     expand_k: float = 0.5  # H * K = expand_k * D
     expand_v: float = 1.0  # H * V = expand_v * D
-    hidden_ratio: float = 4  # the MLP is about 2/3 * hidden_ratio * D wide
+    hidden_ratio: float = 4  # the MLP is 2/3 * hidden_ratio * D wide, rounded up
     gate_low_rank_dim: int = 16
     # how to compute, which changes no result
     backend: str | None = None  # a scan of kernels.py; None lets scan() choose
@@ -82,13 +87,6 @@ class ModelConfig:
             self.dt_rank = math.ceil(self.d_model / 16)
 
 
-OFFICIAL_DEFAULTS = {
-    "mamba2": dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128),
-    "mamba1": dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16),
-    "gla": dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6),
-}
-
-
 class LayerState(NamedTuple):
     """What one layer remembers: all that its future outputs can know of the past.
 
@@ -101,26 +99,32 @@ class LayerState(NamedTuple):
 
 
 def map_state(function, *states):
-    """Apply a function to the tensors of a state, a list of LayerState, or to those of several states."""
+    """function(x), or function(x, y, ...), of the tensors of one or several states, lists of LayerState."""
     new_state = []
-    for layers in zip(*states, strict=True):
-        convs, scans = zip(*layers, strict=True)
+    for same_layer in zip(*states, strict=True):  # one layer, in each of the states
+        convs = [layer.conv for layer in same_layer]
+        scans = [layer.scan for layer in same_layer]
         conv = None if convs[0] is None else function(*convs)
         new_state.append(LayerState(conv, function(*scans)))
     return new_state
 
 
 # ---- 2. The layers ----
-# x (B, T, D), LayerState -> y (B, T, D), the LayerState after the last step. Each computes q, k, v and log_a
-# from its input, and leaves the recurrence to kernels.scan:
+# A layer is called as y, state = layer(x, state), with x and y (B, T, D) and a LayerState. It computes q, k,
+# v and log_a from x, and leaves the recurrence to kernels.scan:
 #
 #     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
 
 
-class Mamba2(nn.Module):
-    """The Mamba-2 layer (Dao & Gu 2024): v = dt * x, log_a = -dt * exp(A_log), and q, k are its C, B.
+def zero_tensor(weight, *shape):
+    """Zeros for a state, on the device of a weight, in float32 or, where the weight is float64, float64."""
+    return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
 
-    Every head has one decay, and the heads of a group share q and k.
+
+class Mamba2(nn.Module):
+    """The Mamba-2 layer (Dao & Gu 2024): v = dt * x and log_a = -dt * exp(A_log), one decay per head.
+
+    The heads of a group share q and k. D is here the weight of the skip connection.
     """
 
     def __init__(self, config):
@@ -131,10 +135,12 @@ class Mamba2(nn.Module):
         self.G = config.ngroups
         self.d_inner = config.expand * config.d_model
         self.H = self.d_inner // self.V
-        self.channels = self.d_inner + 2 * self.G * self.K  # of the convolution, for x, B and C
+        self.channels = self.d_inner + 2 * self.G * self.K  # x, k and q go through the convolution
         self.d_conv = config.d_conv
         self.backend = config.backend
-        assert self.H * self.V == self.d_inner, f"{self.d_inner} channels are no whole heads of {self.V}"
+        assert self.H * self.V == self.d_inner, (
+            f"{self.d_inner} channels do not divide into heads of {self.V}"
+        )
         assert self.H % self.G == 0, f"{self.H} heads do not share {self.G} groups evenly"
 
         # weights, by their official names
@@ -143,25 +149,25 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.H))
-        self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)
+        self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)  # its weight and eps; forward norms by group
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
 
     def zero_state(self, B):
         """The LayerState of B rows before their first token."""
-        conv = zeros(self.A_log, B, self.d_conv - 1, self.channels)
-        return LayerState(conv, zeros(self.A_log, B, self.H, self.K, self.V))
+        conv = zero_tensor(self.A_log, B, self.d_conv - 1, self.channels)
+        return LayerState(conv, zero_tensor(self.A_log, B, self.H, self.K, self.V))
 
     def forward(self, x, state):
         B, T, _ = x.shape
         H, G, K, V = self.H, self.G, self.K, self.V
 
-        # one projection gives the gate z, the inputs x, B, C of the convolution, and the step size dt
-        zxBCdt = self.in_proj(x)  # (B, T, 2 H V + 2 G K + H)
-        z, xBC, dt = zxBCdt.split([self.d_inner, self.channels, H], dim=-1)
+        # one projection gives the gate z, then x, k, q as inputs of the convolution, and the step size dt
+        z_xkq_dt = self.in_proj(x)  # (B, T, 2 H V + 2 G K + H)
+        z, xkq, dt = z_xkq_dt.split([self.d_inner, self.channels, H], dim=-1)
 
-        # each channel of x, B and C is mixed with its last inputs
-        xBC, conv_state = causal_conv(xBC, state.conv, self.conv1d)  # (B, T, H V + 2 G K)
-        x, k, q = xBC.split([self.d_inner, G * K, G * K], dim=-1)
+        # each channel of x, k and q is mixed with its last inputs
+        xkq, conv_state = causal_conv(xkq, state.conv, self.conv1d)  # (B, T, H V + 2 G K)
+        x, k, q = xkq.split([self.d_inner, G * K, G * K], dim=-1)
         x = x.view(B, T, H, V)
         k, q = k.view(B, T, G, K), q.view(B, T, G, K)
 
@@ -172,17 +178,18 @@ class Mamba2(nn.Module):
         o, scan_state = scan(q, k, v, log_a, state.scan, self.backend)  # (B, T, H, V), (B, H, K, V)
 
         # the skip connection and the gate, then a norm over the channels of each group
-        y = torch.addcmul(o, self.D[:, None], x).flatten(-2) * F.silu(z)  # (B, T, H V)
+        y = torch.addcmul(o, self.D[:, None], x)  # o + D * x in one pass, (B, T, H, V)
+        y = y.flatten(-2) * F.silu(z)  # (B, T, H V)
         y = y.view(B, T, G, self.d_inner // G)
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
         return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
 def causal_conv(x, state, conv1d):
-    """Depthwise causal convolution and SiLU of x (B, T, channels), which continues the inputs in state.
+    """Depthwise causal convolution of x (B, T, channels), then SiLU. Returns the outputs and the next state.
 
-    state: (B, d_conv-1, channels), the inputs before x. Returns the outputs (B, T, channels) and the next
-    state. Computed as a 2-d convolution of height 1, which is several times faster on a CPU than conv1d.
+    state: (B, d_conv-1, channels), the inputs before x. Computed as a 2-d convolution of height 1, which is
+    several times faster on a CPU than conv1d.
     """
     T = x.shape[1]
     x = torch.cat([state.to(x.dtype), x], dim=1)  # (B, d_conv-1 + T, channels)
@@ -192,13 +199,8 @@ def causal_conv(x, state, conv1d):
     return F.silu(y), x[:, T:].clone()
 
 
-def zeros(weight, *shape):
-    """A part of a zero state: zeros on the device of a weight, float32 or, in a float64 model, float64."""
-    return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-
 def initial_dt_bias(n):
-    """(n,) numbers whose softplus, the step size dt, is spread log-uniformly over [1e-3, 1e-1]."""
+    """Biases (n,) for which dt = softplus(bias) is log-uniform over [1e-3, 1e-1]."""
     dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
@@ -233,7 +235,7 @@ class GLA(nn.Module):
 
     def zero_state(self, B):
         """The LayerState of B rows before their first token; there is no convolution."""
-        return LayerState(None, zeros(self.q_proj.weight, B, self.H, self.K, self.V))
+        return LayerState(None, zero_tensor(self.q_proj.weight, B, self.H, self.K, self.V))
 
     def forward(self, x, state):
         # queries, keys and values
@@ -253,9 +255,10 @@ class GLA(nn.Module):
 
 
 class Mamba1(nn.Module):
-    """The Mamba layer (Gu & Dao 2023): v = dt * x, log_a = -dt * exp(A_log), and q, k are its C, B.
+    """The Mamba layer (Gu & Dao 2023): v = dt * x and log_a = -dt * exp(A_log).
 
-    Every channel is a head with V = 1, and has a decay for each of its K key channels.
+    Every channel is a head with V = 1, and has a decay for each of its K key channels. D is here the weight
+    of the skip connection.
     """
 
     def __init__(self, config):
@@ -282,8 +285,8 @@ class Mamba1(nn.Module):
 
     def zero_state(self, B):
         """The LayerState of B rows before their first token."""
-        conv = zeros(self.A_log, B, self.d_conv - 1, self.H)
-        return LayerState(conv, zeros(self.A_log, B, self.H, self.K, 1))
+        conv = zero_tensor(self.A_log, B, self.d_conv - 1, self.H)
+        return LayerState(conv, zero_tensor(self.A_log, B, self.H, self.K, 1))
 
     def forward(self, x, state):
         # the input of the convolution and the gate z
@@ -292,7 +295,7 @@ class Mamba1(nn.Module):
 
         # step size, key and query all depend on the output of the convolution
         dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
-        # bias and softplus in float32 even where autocast multiplies in bfloat16, hence not dt_proj(dt)
+        # not dt_proj(dt): a float32 bias added outside of F.linear keeps softplus in float32 under autocast
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)  # (B, T, H)
         v = (dt * x).to(x.dtype)  # (B, T, H)
         log_a = -dt[..., None] * self.A_log.exp()  # (B, T, H, K)
@@ -350,9 +353,9 @@ class LanguageModel(nn.Module):
     """logits, state = model(tokens, state=None)
 
     tokens: (B, T) int64 below vocab_size, T >= 1; logits: (B, T, vocab_size)
-    state: a list of one LayerState per layer, None for zeros. The returned state is new, and gradients flow
-        through it. So cutting a sequence anywhere and handing the state over changes no result. The caller
-        may detach the state: the whole difference between BPTT and TBTT or state passing.
+    state: a list with one LayerState per layer, or None to start from zeros. The returned state is new, and
+        gradients flow through it. So a sequence may be cut anywhere and the state handed over, and the result
+        is the same. A caller that detaches the state in between stops the gradient there.
     last_only: compute the logits of the last token alone, (B, 1, vocab_size), which is much faster
     """
 
@@ -367,13 +370,16 @@ class LanguageModel(nn.Module):
         self.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, C, bias=False)
 
-        # official initial weights: GLA draws all matrices alike, Mamba's outputs are smaller in deep models
+        # initial weights of the official code: in GLA all matrices have the std 0.02, in Mamba the weights of
+        # out_proj shrink with depth
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for module in self.modules():
-            if config.layer == "gla" and isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-            elif config.layer != "gla" and isinstance(module, LAYERS[config.layer]):
-                module.out_proj.weight.data /= math.sqrt(config.n_layer)
+        if config.layer == "gla":
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        else:
+            for block in self.layers:
+                block.mixer.out_proj.weight.data /= math.sqrt(config.n_layer)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
@@ -419,7 +425,7 @@ class LanguageModel(nn.Module):
 
 
 def zero(state, stats, rng):
-    """Start from zeros: ordinary training. With extra steps this is also the control of every experiment."""
+    """Start from zeros: ordinary training. With as many steps as an intervention this is its control."""
     return map_state(torch.zeros_like, state)
 
 
@@ -456,10 +462,10 @@ INTERVENTIONS = {  # name: (function, does row b of the next batch continue row 
 
 
 def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full"):
-    """The initial state of the next batch: an intervention applied to the final state of this batch.
+    """The initial state of the next batch, made by an intervention from the final state of the previous one.
 
     function, state, stats, rng: the intervention and its arguments, as above
-    zero_prob: each row starts from zeros instead with this probability, so that the model can still do that
+    zero_prob: each row starts from zeros instead with this probability, so that the model still works so
     carry: "full" hands over the convolution's inputs and the scan's state; "scan" hands over the scan's state
         alone, as the pseudocode of the paper does
     """
@@ -470,8 +476,8 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
 
     # without its inputs the convolution starts from zeros
     if carry == "scan":
-        zeros = map_state(torch.zeros_like, state)
-        state = [LayerState(empty.conv, layer.scan) for empty, layer in zip(zeros, state, strict=True)]
+        no_inputs = map_state(torch.zeros_like, state)
+        state = [LayerState(none.conv, layer.scan) for none, layer in zip(no_inputs, state, strict=True)]
 
     # some rows start from zeros all the same, in all layers
     if zero_prob > 0:
@@ -488,27 +494,27 @@ def normal_like(x, rng):
 class StateStatistics:
     """Running mean and std of the final states seen in training, for fitted noise (paper, section 4).
 
-    They are taken per layer: of the scan's state per head, of the convolution's inputs per channel. `mean`
-    and `std` are states whose shapes broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper does not
-    say how it estimates them. Ours are exponential averages over about 1/rate batches.
+    Each layer has one mean and one std per head (scan) and per channel (conv). `mean` and `std` are states
+    whose shapes broadcast: scan (1, H, 1, 1), conv (1, 1, channels). The paper does not say how it estimates
+    them. Ours are exponential averages over about 1/rate updates; every micro-batch is an update.
     """
 
     def __init__(self, rate=0.05):
         self.rate = rate
-        self.count = 0  # batches so far
+        self.count = 0  # updates so far
         self.mean = None
         self.mean_square = None
 
     def update(self, state):
-        """Take in the final state of one more batch; in a distributed run, of all ranks."""
-        mean = map_state(mean_per_head, state)
-        mean_square = map_state(lambda x: mean_per_head(x.float() ** 2), state)
+        """Take in the final state of one more micro-batch; in a distributed run, of all ranks."""
+        mean = map_state(batch_mean, state)
+        mean_square = map_state(lambda x: batch_mean(x.float() ** 2), state)
         if self.count == 0:
             self.mean = mean
             self.mean_square = mean_square
         self.count += 1
 
-        # an average of all batches while there are fewer than 1/rate, an exponential one from then on
+        # the plain average of the first 1/rate updates, an exponential one from then on
         weight = max(self.rate, 1 / self.count)
         self.mean = map_state(lambda old, new: old + weight * (new - old), self.mean, mean)
         self.mean_square = map_state(
@@ -523,8 +529,8 @@ class StateStatistics:
         return map_state(std_of, self.mean, self.mean_square)
 
 
-def mean_per_head(x):
-    """The mean of scan (B, H, K, V) per head, or of conv (B, d_conv-1, channels) per channel."""
+def batch_mean(x):
+    """The mean of scan (B, H, K, V) per head, of conv (B, d_conv-1, channels) per channel, over all ranks."""
     dims = (0, 2, 3) if x.dim() == 4 else (0, 1)
     return mean_over_ranks(x.float().mean(dims, keepdim=True))
 
@@ -540,16 +546,16 @@ def mean_over_ranks(x):
 # ---- 5. The tasks ----
 # Each is a function (rows, T) -> tokens (B, T+1) int64, part (B, T) int8, both NumPy arrays.
 #
-# The inputs are tokens[:, :-1], the targets tokens[:, 1:]. `part` is the loss mask: a target whose part is 0
-# is neither trained on nor counted; 1, 2, ... name the part of the task that the target belongs to. The last
-# token of a window is the first of the next one, so windows of rows that continue join into one stream.
+# The inputs are tokens[:, :-1], the targets tokens[:, 1:]. `part` is the loss mask: part[:, i] belongs to the
+# target tokens[:, i + 1]. A target whose part is 0 is neither trained on nor counted; 1, 2, ... name the part
+# of the task that the target belongs to. What a task returns is a window; stream() joins windows.
 
 
 class Rows:
-    """B rows that read pieces of a text.
+    """Reads the B rows of every batch from a text.
 
     corpus, split: a Corpus of Appendix A, and its "train" or "val"
-    continues: every row reads on where its last piece ended, as TBTT and streams need it; otherwise every
+    continues: every row reads on where its previous piece ended, as TBTT and streams need it; otherwise every
         piece begins at a place that is drawn anew
     """
 
@@ -560,7 +566,7 @@ class Rows:
         self.continues = continues
         self.rng = torch.Generator().manual_seed(seed)
         self.at = None  # (B,) int64, the place where each row reads next
-        # a document lies between two boundaries
+        # document i goes from begins[i] to ends[i], without the bos before it
         boundaries = np.flatnonzero(self.tokens == corpus.bos)
         self.begins = np.append(0, boundaries + 1)
         self.ends = np.append(boundaries, len(self.tokens))
@@ -568,17 +574,18 @@ class Rows:
     def next_batch(self, n, overlap=0, inside_document=False):
         """(B, n) int64 tokens. Rows that continue advance by n - overlap, and wrap around at the text's end.
 
-        inside_document: a row skips to the next document of n tokens where its own has fewer left
+        inside_document: if a row's document has fewer than n tokens left, it skips to the next one that has n
         """
-        # each row reads at the place after its last piece, or at one that is drawn
+        # where each row reads: after its previous piece, or at a drawn place
         last = len(self.tokens) - n  # the last place where a piece can begin
         if last < 0:
             raise ValueError(f"the text has {len(self.tokens)} tokens, shorter than the {n} that are needed")
         if self.at is None or not self.continues:
             self.at = torch.randint(last + 1, (self.B,), generator=self.rng)
-        at = np.where(self.at > last, 0, self.at)
+        at = self.at.numpy()
+        at = np.where(at > last, 0, at)
 
-        # a document that ends too early is left for the next one that is long enough
+        # rows whose document ends too early go to the next one that is long enough, or to the first such one
         if inside_document:
             long_enough = self.begins[self.ends - self.begins >= n]
             if not len(long_enough):
@@ -591,7 +598,7 @@ class Rows:
 
 
 def text(rows, T):
-    """Plain text, in windows of T tokens, for example `import os<|bos|>"`. All of the targets count."""
+    """Plain text, in windows of T tokens. All of the targets count."""
     tokens = rows.next_batch(T + 1, overlap=1)
     return tokens, np.ones((rows.B, T), dtype=np.int8)
 
@@ -622,18 +629,19 @@ ECHO_SHARE = 0.5
 def mixed(rows, T):
     """Half of the rows of a window are echo, the others plain text that begins anywhere; parts as in echo.
 
-    Plain text alone does not break models as small as ours. Echo rewards them for keeping the state, and then
-    streams of pure text break them, too.
+    Models as small as ours work past T when they are trained on plain text alone. Echo rewards them for
+    keeping the state, and then they fail on streams of pure text, too.
     """
-    # every row makes both, the echo of the same text where rows continue
+    # make both for every row; rows that continue go back, to echo the text that they have just read
     text_tokens, text_part = text(rows, T)
     after_text = rows.at
     rows.at = after_text - T
     echo_tokens, echo_part = echo(rows, T)
+    after_echo = rows.at
 
-    # one of the two is taken, and a row that continues goes on after it
+    # take one of the two; rows that continue go on after it
     is_echo = torch.rand(rows.B, 1, generator=rows.rng) < ECHO_SHARE
-    rows.at = torch.where(is_echo[:, 0], rows.at, after_text)
+    rows.at = torch.where(is_echo[:, 0], after_echo, after_text)
     is_echo = is_echo.numpy()
     return np.where(is_echo, echo_tokens, text_tokens), np.where(is_echo, echo_part, text_part)
 
@@ -643,10 +651,10 @@ def copy(rows, T, shortest=5, longest=20):
 
     input    $  x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
-    part     0  0  0  0  0  0  1  1  1  1  1  2  0  ...    1 copy, 2 stop, which no accuracy counts
+    part     0  0  0  0  0  0  1  1  1  1  1  2  0  ...    1 copy, 2 stop (trained on, not in the accuracy)
 
-    In bytes. Every window starts with a new string, also where rows continue: then only the state goes on. A
-    string that the end of the window cuts off is not trained on, as in their code.
+    In bytes. Every window starts with a new string, so only the state goes on from one window to the next. A
+    string that the end of the window cuts off is not trained on, as in the code of Jelassi et al.
     """
     if rows.corpus.words != 256:
         raise ValueError(f"copy is in bytes, not in {rows.corpus.words} words: use --tokenizer bytes")
@@ -674,25 +682,26 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 def passkey(rows, T, depth=None):
     """Five digits hidden in filler and asked for at the end, in Landmark Attention's words (2023).
 
-    <bos>The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass is green. The s
-    part 0, and 1 on                                         11111
-    |What is the pass key? The pass key is 30719<bos>              | marks joints, the filler fills the window
-                                   2 on    22222
+    targets  The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass
+    part     ....................................................11111............................
+    targets   is green.|What is the pass key? The pass key is 30719<bos>
+    part     .................................................22222.
 
-    In any tokenizer; the picture is in bytes. depth: the share of the filler that comes before the key; None
-    draws a place for each row. The opening line of the published task is left out: it is longer than our T.
+    The window takes two lines here, | marks joints and . is part 0. The picture is in bytes, but any
+    tokenizer will do. depth: the share of the filler that comes before the key; None draws a place for each
+    row. The opening line of the published task is left out: it is longer than our T.
     """
     tokens, part = empty_windows(rows, T)
     encode = rows.corpus.encode
-    filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens
+    filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens, one a word at least
     for b in range(rows.B):
-        # the key, where it is told for the second time and where it is asked for
+        # the key; `told` ends with its second mention, from told[told_at] on; `asked` ends with the answer
         key = f"{int(torch.randint(10**5, (), generator=rows.rng)):05}"
         told, told_at = encode_answer(rows.corpus, f"The pass key is {key}. Remember it.", key)
         asked, asked_at = encode_answer(rows.corpus, "What is the pass key? The pass key is", key)
         rest = list(encode(" is the pass key. "))
 
-        # the filler fills the window
+        # the filler fills the window; its place is drawn in any case, so that depth changes no key
         n = T - 1 - len(told) - len(rest) - len(asked)  # tokens of filler
         if n < 0:
             raise ValueError(f"passkey needs a T of at least {T - n}, got {T}")
@@ -709,7 +718,7 @@ def encode_answer(corpus, prompt, answer):
     """The tokens of a prompt, a space and an answer, and the place where those of the answer begin."""
     tokens = list(corpus.encode(f"{prompt} {answer}"))
     start = len(corpus.encode(prompt))
-    # most tokenizers put the space into the first token of the answer; in bytes it is one of its own
+    # most tokenizers put the space into the first token of the answer; in bytes it is a token of its own
     if not corpus.decode(tokens[start : start + 1]).strip():
         start += 1
     return tokens, start
@@ -745,10 +754,11 @@ def babi(rng):
 def babilong(rows, T):
     """The facts of a bAbI story in order, at drawn places between lines of background text (BABILong, 2024).
 
-    <bos>import os/Mary went to the office. class A:/John moved to the garden. xWhere is Mary? office.<bos>
-    part 0, and 1 on               (here / ends a line)                                        1111111
+    targets  import os/Mary went to the office. x = 1/John moved to the garden. Where is Mary? office.<bos>
+    part     ..................................................................................1111111.
 
-    In any tokenizer; the picture is in bytes. The background fills the window.
+    Here / ends a line and . is part 0. The background fills the window. The picture is in bytes, but any
+    tokenizer will do.
     """
     if T < 128:  # the longest story in bytes
         raise ValueError(f"babilong needs a T of at least 128, got {T}")
@@ -756,8 +766,8 @@ def babilong(rows, T):
     background = rows.next_batch(T)
     ends_line = [token for token in np.unique(background) if "\n" in rows.corpus.decode([token])]
     for b in range(rows.B):
-        story, question, answer = babi(rows.rng)
-        facts = [list(rows.corpus.encode(f"{fact} ")) for fact in story]
+        facts, question, answer = babi(rows.rng)
+        facts = [list(rows.corpus.encode(f"{fact} ")) for fact in facts]
         asked, asked_at = encode_answer(rows.corpus, question, f"{answer}.")
         n = T - 1 - sum(map(len, facts)) - len(asked)  # tokens of background
 
@@ -774,51 +784,64 @@ def babilong(rows, T):
     return tokens, part
 
 
-TASKS = {  # name: (function, default T, names of the parts)
-    "echo": (echo, 50, ("text", "echo")),
-    "mixed": (mixed, 50, ("text", "echo")),
-    "text": (text, 256, ("text",)),
-    "copy": (copy, 64, ("copy", "stop")),
-    "passkey": (passkey, 160, ("mention", "key")),
-    "babilong": (babilong, 144, ("answer",)),
+# name: (function, default T, names of the parts, how much the loss on all targets adds to that on the parts)
+TASKS = {
+    "echo": (echo, 50, ("text", "echo"), 0.0),
+    "mixed": (mixed, 50, ("text", "echo"), 0.0),
+    "text": (text, 256, ("text",), 0.0),
+    "copy": (copy, 64, ("copy", "stop"), 0.0),
+    "passkey": (passkey, 160, ("mention", "key"), 0.1),  # which teaches the filler
+    "babilong": (babilong, 144, ("answer",), 0.0),
 }
 
 
 def stream(task, rows, T, windows):
     """Join consecutive windows of a task: tokens (B, windows*T + 1), part (B, windows*T).
 
-    rows must continue. There are fewer windows where a row would else read the text for a second time.
+    rows must continue. The stream ends early, before a row reads the same text twice.
     """
     batches = [task(rows, T)]
-    advanced = 0  # tokens of the text, of each row
+    N = len(rows.tokens)
+    advanced = torch.zeros(rows.B, dtype=torch.int64)  # how far each row has read since the first window
     for _ in range(windows - 1):
         at = rows.at
         batch = task(rows, T)
         if at is not None:  # the task reads text
-            advanced += (rows.at - at - 1) % len(rows.tokens) + 1
-            if advanced.max() > len(rows.tokens) - T:
+            advanced += (rows.at - at - 1) % N + 1  # 1 to N, because a row may go on at the text's beginning
+            if advanced.max() > N - T:
                 break
         batches.append(batch)
 
-    tokens, parts = zip(*batches, strict=True)
-    inputs = [window[:, :-1] for window in tokens]
-    return np.concatenate([*inputs, tokens[-1][:, -1:]], axis=1), np.concatenate(parts, axis=1)
+    # in mixed the next window may not begin with the last target of a window: then this target is left out
+    for (tokens, part), (following, _) in itertools.pairwise(batches):
+        part[:, -1] *= tokens[:, -1] == following[:, 0]
+
+    inputs = [tokens[:, :-1] for tokens, _ in batches]
+    inputs.append(batches[-1][0][:, -1:])
+    return np.concatenate(inputs, axis=1), np.concatenate([part for _, part in batches], axis=1)
 
 
 # ---- 6. The measures ----
 
 
-def masked_loss(logits, targets, part):
-    """Mean float32 cross-entropy, nats, where part is not 0. logits (B, T, C), targets and part (B, T)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.masked_fill(part == 0, -100).flatten())
+def masked_loss(logits, targets, part, share=0.0):
+    """Mean float32 cross-entropy, nats, where part is not 0, plus a share of the mean over all targets.
+
+    logits (B, T, C), targets and part (B, T)
+    """
+    logits = logits.float().flatten(0, 1)
+    loss = F.cross_entropy(logits, targets.masked_fill(part == 0, -100).flatten(), ignore_index=-100)
+    if share > 0:
+        loss = loss + share * F.cross_entropy(logits, targets.flatten())
+    return loss
 
 
 @torch.no_grad()
 def read_stream(model, tokens, segment, state=None):
     """Read tokens (B, N+1) a segment at a time, carrying the state, in the memory of one segment.
 
-    Yields (start, logits, targets): of the inputs from `start` on, the logits (B, n, C), float32 or float64,
-    and their targets (B, n). tokens are integers, NumPy or memory-mapped.
+    Yields (start, logits, targets) of each segment: the position of its first input, logits (B, n, C) of its
+    n inputs, float32 or float64, and their targets (B, n). tokens are integers, NumPy or memory-mapped.
     """
     assert segment >= 1, f"segment must be positive, got {segment}"
     device = model.lm_head.weight.device
@@ -830,12 +853,12 @@ def read_stream(model, tokens, segment, state=None):
 
 
 def segment_for(B):
-    """How many tokens of B rows to read at a time; with more of them a CPU works outside of its caches."""
+    """A segment of which B rows have about 12800 tokens; much more does not fit into the caches of a CPU."""
     return max(1, 12800 // B)
 
 
 def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None):
-    """Sum of losses (nats, float64) and number of targets in each bin, whatever the segment.
+    """Sum of losses (nats, float64) and number of targets in each bin. They do not depend on the segment.
 
     tokens: (B, N+1) integers. The inputs are all but the last column, the targets all but the first, each
         counted once. Boundaries of documents are tokens like any other, as in training.
@@ -852,7 +875,7 @@ def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None)
         stop = start + targets.shape[1]
         bin_of = torch.from_numpy(bins[:, start:stop].astype(np.int64)).flatten()
         counted = bin_of >= 0
-        total += torch.bincount(bin_of[counted], loss[counted], n_bins)
+        total += torch.bincount(bin_of[counted], weights=loss[counted], minlength=n_bins)
         count += torch.bincount(bin_of[counted], minlength=n_bins)
         if progress:
             progress(stop / N)
@@ -862,37 +885,39 @@ def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None)
 def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=None):
     """Loss by position on B streams of validation text from a zero state (the paper's figure 1).
 
-    Returns {"x": where ranges of positions end, in multiples of T, part: the mean loss in each range, nats}.
-    The ranges end at 1, 2, 3, 4, 6, 8, 12, ... T, for plain text also at 1/8, 1/4 and 1/2 T. The loss of a
-    range without targets is NaN. The streams are shorter than `windows` T where the text is (see stream).
+    Returns a dictionary of lists with an entry for each range of positions: "x", where it ends in multiples
+    of T, and by the name of each part its mean loss in nats, NaN where it has no targets. The ranges end at
+    1, 2, 3, 4, 6, 8, 12, ... times T, for plain text also at 1/8, 1/4 and 1/2. The streams are shorter than
+    `windows` T where the text is too short (see stream).
     """
-    task, _, parts = TASKS[task_name]
+    task, _, parts, _ = TASKS[task_name]
     tokens, part = stream(task, Rows(corpus, "val", B, continues=True, seed=seed), T, windows)
     windows = part.shape[1] // T
 
-    # where the ranges end
+    # where the ranges end: at 2 T, 3 T, 4 T, 6 T, ... up to the number of windows
     ends = [1 / 8, 1 / 4, 1 / 2, 1] if task_name == "text" else [1]
     for i in range(1, windows.bit_length()):
         ends += [2**i, 1.5 * 2**i]
     ends = [end for end in ends if end < windows] + [windows]
 
-    # the bin of a target: those of the first part, one for each range, then those of the next part
+    # the bin of a target is (part - 1) * number of ranges + range; part 0 is left out
     range_of = np.searchsorted(np.array(ends) * T, np.arange(T * windows), side="right")  # (T * windows,)
     bins = np.where(part > 0, (part.astype(int) - 1) * len(ends) + range_of, -1)
     total, count = streaming_loss(model, tokens, bins, segment_for(B), progress=progress)
 
-    # the mean loss of each bin; the last ones may have no targets
+    # the mean loss of each bin; streaming_loss returns no bins after the last one that has targets
     losses = torch.full((len(parts), len(ends)), math.nan, dtype=torch.float64)
     losses.view(-1)[: len(total)] = total / count
     return {"x": ends, **dict(zip(parts, losses.tolist(), strict=True))}
 
 
 def paired_gap(model, tokens, T):
-    """What the past costs in nats: the loss after the whole stream, minus the loss after at most T tokens.
+    """How much worse targets are predicted after their whole past than after at most T tokens, in nats.
 
-    tokens: (B, N+1) with N a multiple of T, a stream that starts from a zero state. The targets are the same
-    in both, the second half of each block of T: so the short context has T/2 to T tokens. Returns (N/T,)
-    float64, 0 for the first block. The paper has no such measure.
+    tokens: (B, N+1) with N a multiple of T, a stream that starts from a zero state. The targets are the
+    second half of each block of T: so the short past has T/2 to T tokens. Returns the mean loss after the
+    whole past minus that after the short one, (N/T,) float64; for the first block it is 0 but for rounding.
+    The paper has no such measure.
     """
     B, N = tokens.shape[0], tokens.shape[1] - 1
     assert N % T == 0, f"paired_gap needs N + 1 tokens with N a multiple of T {T}, got {N + 1}"
@@ -905,21 +930,25 @@ def paired_gap(model, tokens, T):
     short = torch.zeros_like(whole)
     for i in range(N // T):
         window = tokens[:, i * T : (i + 1) * T + 1]
-        total, _ = streaming_loss(model, window, block[i * T : (i + 1) * T], segment=T)
-        short[i] = total[i]
+        total, _ = streaming_loss(model, window, block[:T], segment=T)  # of the one bin 0
+        short[i] = total[0]
     return (whole - short) / count
 
 
 def accuracy(model, tokens, part):
     """Whether the likeliest token is the target, in one teacher-forced pass from a zero state.
 
-    tokens (B, N+1), part (B, N) -> (B, N) float64: 1 right, 0 wrong, NaN where part is 0. The greedy
-    continuation of a prompt is the answer exactly where all targets of the answer are right.
+    tokens (B, N+1), part (B, N) -> (B, N) float64: 1 right, 0 wrong, NaN where part is 0. Greedy decoding
+    gives a whole answer if and only if all targets of the answer are right here.
     """
-    right = []
-    for _, logits, targets in read_stream(model, tokens, segment_for(len(tokens))):
+    # up to the first target that is asked for, the tokens are only read
+    asked = torch.from_numpy(part) != 0
+    first = int(asked.any(0).int().argmax())
+    state = prefill(model, tokens[:, :first])[1] if first else None
+    right = [torch.full((len(tokens), first), math.nan, dtype=torch.float64)]
+    for _, logits, targets in read_stream(model, tokens[:, first:], segment_for(len(tokens)), state):
         right.append((logits.argmax(-1) == targets).cpu().double())
-    return torch.cat(right, 1).masked_fill(torch.from_numpy(part) == 0, math.nan)
+    return torch.cat(right, 1).masked_fill(~asked, math.nan)
 
 
 @torch.no_grad()
@@ -932,20 +961,22 @@ def prefill(model, tokens, state=None):
 
 def generate(model, tokens, n, temperature=0.0):
     """Read tokens (B, T), then yield the next n tokens, each (B,); temperature 0 takes the likeliest."""
-    logits, state = prefill(model, tokens)
+    state = None
     for _ in range(n):
+        logits, state = prefill(model, tokens, state)
         token = logits.argmax(-1)
         if temperature > 0:
             # float64, in which the division by a tiny temperature does not overflow
             token = torch.multinomial((logits.cpu().double() / temperature).softmax(-1), 1)[:, 0]
         yield token
-        logits, state = prefill(model, token[:, None], state)
+        tokens = token[:, None]
 
 
 def state_std(model, tokens, at):
-    """Std of the state S after each of the ascending positions `at` of tokens (B, N), in float64.
+    """Std of the state S after each of n ascending positions `at` of tokens (B, N), in float64.
 
-    Returns full (n,), over all entries as in the paper's figure; layers (n, n_layer); heads (n, n_layer, H).
+    Returns three stds: over all entries of S (n,), as in the paper's figure; per layer (n, n_layer); and per
+    head (n, n_layer, H).
     """
     assert list(at) == sorted({*at}) and 0 < at[0] and at[-1] <= tokens.shape[1], f"at is {at}"
     full, layers, heads = [], [], []
@@ -959,14 +990,19 @@ def state_std(model, tokens, at):
     return torch.stack(full), torch.stack(layers), torch.stack(heads)
 
 
+@contextlib.contextmanager
 def changed_decay(change):
-    """A context manager: within its block, the layers of all models use change(log_a) in place of log_a."""
+    """Within the block of this context manager, the layers of all models take change(log_a) for log_a."""
+    global scan
 
     def changed_scan(q, k, v, log_a, state, backend):
         return kernels.scan(q, k, v, change(log_a), state, backend)
 
-    # the layers look up `scan` in this module each time that they call it
-    return unittest.mock.patch.object(sys.modules[__name__], "scan", changed_scan)
+    scan = changed_scan
+    try:
+        yield
+    finally:
+        scan = kernels.scan
 
 
 @torch.no_grad()
@@ -993,14 +1029,14 @@ def effective_remembrance(model, tokens, starts, end):
     """
     assert list(starts) == sorted({*starts}) and 0 < starts[0] and starts[-1] <= end, f"{starts}, end {end}"
     tokens = torch.as_tensor(tokens).to(model.lm_head.weight.device)
-    zeros = model.zero_state(len(tokens))
+    zero_state = model.zero_state(len(tokens))
 
     # x[0:] and the suffixes x[t:] run as one batch, which grows by B rows from zeros at each t
-    state = zeros
+    state = zero_state
     runs = 1
     for start, stop in itertools.pairwise([0, *starts, end]):
         if start > 0:
-            state = map_state(lambda x, zero: torch.cat([x, zero]), state, zeros)
+            state = map_state(lambda x, new_rows: torch.cat([x, new_rows]), state, zero_state)
             runs += 1
         if start < stop:
             _, state = model(tokens[:, start:stop].repeat(runs, 1), state)
@@ -1012,11 +1048,12 @@ def effective_remembrance(model, tokens, starts, end):
 
 
 def babilong_score(output, answer, question, qa):
-    """BABILong's rule: before the first '.' or tag, the answer is the only label that is not in the question.
+    """BABILong's rule: up to its first '.' or tag, the output names the answer and no other label.
 
-    output: what a model wrote; qa: the number of the task, 1 to 5. Upper and lower case are the same.
+    Labels that the question names do not count, and upper and lower case are the same. output: what a model
+    wrote; qa: the number of the task, 1 to 5.
     """
-    # the answers of qa1 to qa4 are rooms, those of qa5 receivers and objects
+    # the answers of qa1 to qa4 are rooms, those of qa5 people and objects
     labels = ROOMS if qa < 5 else ("bill", "fred", "jeff", "mary", "apple", "football", "milk")
     sentence = re.split(r"\.|<context>|<example>", output.lower())[0]
     named = {label for label in labels if label in sentence and label not in question.lower()}
@@ -1038,7 +1075,7 @@ def reading(file, what):
         reason = str(error)
         if isinstance(error, ImportError):
             reason = f"{error}: pip install huggingface_hub safetensors tokenizers"
-        elif isinstance(error, pickle.UnpicklingError):  # whose own text tells how to execute the file
+        elif isinstance(error, pickle.UnpicklingError):  # PyTorch's text would explain how to run that code
             reason = "it is damaged, or holds code that would be executed"
         elif not isinstance(error, (ValueError, AssertionError)):
             reason = f"{type(error).__name__}: {error}"  # a KeyError, for one, says nothing but the key
@@ -1046,11 +1083,14 @@ def reading(file, what):
 
 
 class Tokenizer(NamedTuple):
+    """How text becomes tokens. special: the ids (bos, sep); () stands for two new ones, words and words + 1.
+
+    Special tokens that a text spells out, like "<|endoftext|>", are encoded as plain characters.
+    """
+
     words: int  # the size of the vocabulary
-    special: (
-        tuple  # the ids of bos, which ends a text, and of sep, which parts it; () for two behind the words
-    )
-    encode: Callable  # text -> ids; special tokens that the text spells out are text
+    special: tuple
+    encode: Callable  # text -> ids
     decode: Callable  # a list of ids -> text
 
 
@@ -1059,12 +1099,12 @@ def encode_bytes(text):
 
 
 def decode_bytes(ids):
-    return bytes(i for i in ids if i < 256).decode(errors="replace")
+    return bytes(i for i in ids if i < 256).decode(errors="replace")  # without bos and sep
 
 
 BYTES = Tokenizer(256, (), encode_bytes, decode_bytes)  # one token for each byte of UTF-8
-NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official Mambas, which come without
-KNOWN = {  # (words, special) of tokenizers whose .bin files need nothing else, and so no download
+NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official Mambas, whose checkpoints do not hold it
+KNOWN = {  # name: (words, special), enough to read a .bin without a download
     "gpt2": (50257, (50256, 50256)),
     "r50k_base": (50257, (50256, 50256)),
     "p50k_base": (50281, (50256, 50256)),
@@ -1091,18 +1131,19 @@ def load_tokenizer(name):
         if not os.path.isfile(name):
             file = os.path.join(find_folder(name, "tokenizer.json"), "tokenizer.json")
         tokenizer = tokenizers.Tokenizer.from_file(file)
-        tokenizer.encode_special_tokens = True  # those that a text spells out are text
+        tokenizer.encode_special_tokens = True  # as plain characters
 
         def encode(text):
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-        # the file does not say which token ends a text: one of the usual names, else the first special token
+        # The file does not say which token is bos: take the first of END_OF_TEXT, else the first special
+        # token, else the last word. sep is another special token, else the same one
         ids = tokenizer.get_vocab()
-        ends = [ids[word] for word in END_OF_TEXT if word in ids]
         special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         words = max(ids.values()) + 1  # there may be gaps between the ids
-        bos = [*ends, *special, words - 1][0]
-        sep = [*(i for i in special if i != bos), bos][0]
+        candidates = [ids[word] for word in END_OF_TEXT if word in ids] + special + [words - 1]
+        bos = candidates[0]
+        sep = next((i for i in special if i != bos), bos)
         return Tokenizer(words, (bos, sep), encode, tokenizer.decode)
 
 
@@ -1119,7 +1160,7 @@ class Corpus:
     decode: Callable = decode_bytes
 
     def __post_init__(self):
-        # the border between documents; and the sign after which echo repeats a passage
+        # the border between documents, and the sign after which echo repeats a passage
         self.bos, self.sep = self.special or (self.words, self.words + 1)
         self.vocab_size = max(self.words, self.bos + 1, self.sep + 1)
 
@@ -1132,7 +1173,7 @@ class Corpus:
         return crc
 
 
-# with so many documents a twentieth of them is held out whole, with fewer the last tenth of each
+# From this many documents on, about every twentieth is held out; of fewer, the last tenth of each
 MANY_DOCUMENTS = 200
 
 
@@ -1142,28 +1183,31 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     paths: None for the Python standard library of this machine, else files, folders or globs: text, .jsonl
         with a "text" field, or nanoGPT's token files, train.bin and val.bin or one .bin of uint16
     tokenizer: a name for load_tokenizer; a .bin is tokenized already and takes only the vocabulary from it
-    vocab_size: of the model that is to read a .bin of an unknown tokenizer ("bytes"); None: as in the .bin
+    vocab_size: the vocabulary of a .bin where tokenizer is "bytes", which then means unknown; None: its
+        highest token + 1
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     files = list_files(paths)
     bins = sorted(file for file, _ in files if file.endswith(".bin"))
-    if [os.path.basename(file) for file in bins] == ["train.bin", "val.bin"] or len(bins) == len(files) == 1:
+    names = [os.path.basename(file) for file in bins]
+    if names == ["train.bin", "val.bin"] or (bins and len(files) == 1):
         return load_bins(bins, tokenizer, vocab_size)
     if bins:
         raise ValueError(f"a .bin stands alone, or is train.bin beside val.bin, got {len(files)} files")
 
-    # equal texts are read once
+    # {text: key}, so that equal texts become one document
     documents = {text: key for key, text in sorted(read_documents(files)) if text}
     source = " ".join(map(os.fspath, paths or ["the Python standard library"]))
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {source}")
 
-    # the pieces of both splits, each document after a bos
-    corpus = Corpus(f"{len(documents)} documents of {source}", None, None, *load_tokenizer(tokenizer))
+    # the pieces of both splits, each document after a bos; an empty piece first, because one may get no other
+    name = f"{len(documents)} documents of {source}"
+    corpus = Corpus(name, None, None, **load_tokenizer(tokenizer)._asdict())
     dtype = np.uint16 if corpus.vocab_size <= 2**16 else np.uint32
     bos = np.array([corpus.bos], dtype)
-    train, val = [bos[:0]], [bos[:0]]
+    train, val = [np.empty(0, dtype)], [np.empty(0, dtype)]
     for text, key in documents.items():
         with reading(key, f"text for the tokenizer {tokenizer}"):
             tokens = np.array(corpus.encode(text), dtype)
@@ -1185,20 +1229,20 @@ def load_bins(files, tokenizer, vocab_size):
     for file in files:
         with reading(file, "a .bin of uint16 tokens"):
             tokens = np.memmap(file, dtype=np.uint16, mode="r")
-            # what would be read wrongly: files of NumPy, torch.save and llm.c, and numbers of 32 or 64 bits,
-            # where every second piece of 16 bits is nearly zero
+            # refuse files of NumPy, torch.save (a zip) and llm.c (two versions) by their first bytes
             start = tokens[:2].tobytes()
             has_header = start in (b"\x93NUM", b"PK\3\4", b"\x88\xd8\x34\x01", b"\xa1\xd9\x34\x01")
-            highest_halves = sorted([tokens[::2].max(), tokens[1::2].max()])
-            if has_header or highest_halves[0] < 4 <= highest_halves[1]:
+            # refuse numbers of 32 or 64 bits, in which every second uint16 is nearly zero
+            low, high = sorted([tokens[::2].max(), tokens[1::2].max()])
+            if has_header or low < 4 <= high:
                 raise ValueError("it has a header, or more than 16 bits for each token")
             splits.append(tokens)
     if len(files) == 1:
+        (tokens,) = splits
         cut = len(tokens) - len(tokens) // 10
         splits = [tokens[:cut], tokens[cut:]]
 
-    # its vocabulary; that of an unnamed tokenizer has all tokens as words, and GPT-2's end of text, or else
-    # the last word, as bos
+    # the vocabulary; for an unknown tokenizer bos is 50256, GPT-2's end of text, or the last word of fewer
     highest = max(int(tokens.max(initial=0)) for tokens in splits)
     if tokenizer in KNOWN:
         words, special = KNOWN[tokenizer]
@@ -1206,13 +1250,14 @@ def load_bins(files, tokenizer, vocab_size):
         words, special = load_tokenizer(tokenizer)[:2]
     else:
         words = vocab_size or highest + 1
-        special = (min(words - 1, 50256),) * 2
+        bos = min(words - 1, 50256)
+        special = (bos, bos)
     if highest >= words:
         raise ValueError(f"{files[0]} has a token {highest}, outside the vocabulary of {words} words")
 
     def encode(text):
         if tokenizer == "bytes":
-            raise ValueError("this task is in words: name the tokenizer of the .bin with --tokenizer")
+            raise ValueError("this task must encode text: name the tokenizer of the .bin with --tokenizer")
         return load_tokenizer(tokenizer).encode(text)
 
     def decode(ids):
@@ -1232,12 +1277,14 @@ def list_files(paths):
         elif os.path.isfile(path):
             root, pattern = os.path.dirname(path), glob.escape(path)
         else:
-            root, pattern = os.path.dirname(re.split(r"[*?[]", path)[0]), path
+            before_wildcard = re.split(r"[*?[]", path)[0]
+            root, pattern = os.path.dirname(before_wildcard), path
         found = [file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)]
         if not found:
             raise ValueError(f"no text at {path!r}, give an existing file, folder or glob")
         for file in found:
             key = os.path.relpath(file, root or ".").replace(os.sep, "/")
+            # of the standard library only .py files, and no installed packages
             if paths or (key.endswith(".py") and not re.search("(site|dist)-packages", key)):
                 files.append((file, key))
     return files
@@ -1247,7 +1294,7 @@ def read_documents(files):
     """Yield (key, text) of every file, or of every object of a .jsonl."""
     for file, key in files:
         if file.endswith(".jsonl"):
-            for i, (text,) in enumerate(read_json(file, ["text"])):
+            for i, [text] in enumerate(read_json(file, ["text"])):
                 yield f"{key}:{i:09d}", text
             continue
         with reading(file, "text"), open(file, encoding="utf-8", errors="replace") as f:
@@ -1265,9 +1312,11 @@ def read_json(file, fields):
     objects = []
     for i, piece in enumerate(pieces):
         if piece.strip():
-            with reading(f"{file} line {i + 1}", f'a JSON object with a "{", ".join(fields)}"'):
+            with reading(f"{file} line {i + 1}", f"a JSON object with {', '.join(fields)}"):
                 parsed = json.loads(piece)
-                for x in parsed if isinstance(parsed, list) else [parsed]:
+                if not isinstance(parsed, list):
+                    parsed = [parsed]
+                for x in parsed:
                     # halves of a surrogate pair, which JSON can spell, become "?"
                     objects.append([x[field].encode(errors="replace").decode() for field in fields])
     return objects
@@ -1285,8 +1334,8 @@ def read_babilong(file, rows):
 
 
 # ---- Appendix B: checkpoints of other libraries ----
-# Read are mamba_ssm and transformers (Mamba-2 and Mamba-1) and flash-linear-attention (GLA). Written are
-# mamba_ssm and flash-linear-attention; transformers has a script that converts from mamba_ssm.
+# We read checkpoints of mamba_ssm and transformers (Mamba-2 and Mamba-1) and of flash-linear-attention, or
+# fla (GLA). We write those of mamba_ssm and fla; transformers has a script that converts from mamba_ssm.
 
 CHECKPOINT = "checkpoint.pt"  # of train.py
 
@@ -1294,7 +1343,7 @@ CHECKPOINT = "checkpoint.pt"  # of train.py
 MAMBA_SSM = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "pad_vocab_size_multiple")
 SSM_CFG_1 = ("d_state", "d_conv", "expand", "dt_rank")  # mamba_ssm keeps the settings of its layers apart
 SSM_CFG_2 = ("d_state", "d_conv", "expand", "headdim", "ngroups")
-OURS = {  # the field of ModelConfig where it has another name
+OUR_FIELD = {  # a setting's name there: our field, where they differ
     "hidden_size": "d_model",
     "num_hidden_layers": "n_layer",
     "tie_word_embeddings": "tie_embeddings",
@@ -1305,31 +1354,32 @@ OURS = {  # the field of ModelConfig where it has another name
     "n_groups": "ngroups",
     "time_step_rank": "dt_rank",
 }
-TRANSFORMERS = (*OURS, "vocab_size", "expand")
+TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # all of those above are settings of transformers
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
 FLA += ("expand_k", "expand_v", "hidden_ratio")
 
-# layer in ssm_cfg or model_type: (our layer, settings, those in ssm_cfg, the values of missing ones)
-PADDED = dict(pad_vocab_size_multiple=8)  # of mamba_ssm
-AS_IT_IS = dict(pad_vocab_size_multiple=1)  # the vocabulary of transformers counts its padding
+# the checkpoint's model_type, or the layer in its ssm_cfg: (our layer, names of settings at the top of
+# config.json, names of settings in its ssm_cfg, our fields where a setting is missing)
+PADDED = dict(pad_vocab_size_multiple=8)  # as mamba_ssm does
+UNPADDED = dict(pad_vocab_size_multiple=1)  # the vocab_size of transformers includes the padding
 KINDS = {
     "Mamba1": ("mamba1", MAMBA_SSM, SSM_CFG_1, PADDED),
     "Mamba2": ("mamba2", MAMBA_SSM, SSM_CFG_2, PADDED),
-    "mamba": ("mamba1", TRANSFORMERS, (), AS_IT_IS),
-    "mamba2": ("mamba2", TRANSFORMERS, (), AS_IT_IS | dict(ngroups=8, tie_embeddings=False)),
+    "mamba": ("mamba1", TRANSFORMERS, (), UNPADDED),
+    "mamba2": ("mamba2", TRANSFORMERS, (), UNPADDED | dict(ngroups=8, tie_embeddings=False)),
     "gla": ("gla", FLA, (), {}),
 }
 
-# settings that change the formulas, with the values that ours have; the first is that of a missing setting
+# settings that change the formulas: only these values are what we compute; a missing one counts as the first
 ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
 OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
 NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")
 LIMITS = ("dt_limit", "time_step_limit")
 REQUIRED = {
     ON: [True],
-    OFF: [False],
+    OFF: [False],  # or 0, which is equal
     NONE: [None, []],
-    LIMITS: [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
+    LIMITS: [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],  # two ways of JSON to say infinity
     ("hidden_act",): ["silu", "swish"],
 }
 
@@ -1354,8 +1404,8 @@ def load_checkpoint(name_or_folder):
 
     name_or_folder: a run of train.py (its folder or file), a folder or file of weights of another library,
         or a name of the hub
-    The weights get our names and float32; "settings" are what train.py is to go on with. Raises ValueError,
-    one sentence, for all that is missing, extra, misshapen, not finite or not understood.
+    The weights get our names and float32; "settings" are options of train.py for further training. Raises
+    ValueError, one sentence, for all that is missing, extra, misshapen, not finite or not understood.
     """
     # a run of train.py
     name = os.fspath(name_or_folder)
@@ -1371,19 +1421,19 @@ def load_checkpoint(name_or_folder):
     # config.json and weights of another library
     folder, weights = load_weights(name)
     file = os.path.join(folder, "config.json")
-    with reading(file, "the settings of a model"), open(file) as f:
-        settings = json.load(f)
-        config = import_settings(settings)
+    with reading(file, "the settings of a model"), open(file, encoding="utf-8") as f:
+        their_settings = json.load(f)
+        config = import_settings(their_settings)
     with reading(folder, "a checkpoint"):
         weights = import_weights(config, weights)
 
-    # the tokenizer: the one in the folder, or that of the official Mambas
-    run = dict(task="text", T=2048, tokenizer=None, model=os.path.basename(os.path.abspath(name)))
+    # the tokenizer: one in the folder, or that of the official Mambas, whose config.json has no model_type
+    settings = dict(task="text", T=2048, tokenizer=None, model=os.path.basename(os.path.abspath(name)))
     if os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        run["tokenizer"] = name
-    elif "model_type" not in settings and config.vocab_size == KNOWN[NEOX][0]:
-        run["tokenizer"] = NEOX
-    return dict(config=asdict(config), model=weights, settings=run)
+        settings["tokenizer"] = name
+    elif "model_type" not in their_settings and config.vocab_size == KNOWN[NEOX][0]:
+        settings["tokenizer"] = NEOX
+    return dict(config=asdict(config), model=weights, settings=settings)
 
 
 def find_folder(name, *patterns):
@@ -1425,11 +1475,11 @@ def import_settings(settings):
         raise ValueError(f"unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
     layer, names, names_in_ssm_cfg, defaults = KINDS[kind]
 
-    # what would mean other formulas
+    # refuse settings under which the formulas are not ours
     if kind == "mamba2":
         settings.pop("norm_before_gate", None)  # published files have it, transformers does not read it
     if settings.get("num_kv_heads") == settings.get("num_heads", 4):
-        settings.pop("num_kv_heads", None)  # as many heads of keys and values as of queries, which is ours
+        settings.pop("num_kv_heads", None)  # equal numbers of heads are what we compute
     for required, values in REQUIRED.items():
         for name in required:
             value = settings.pop(name, values[0])
@@ -1447,7 +1497,7 @@ def import_settings(settings):
         elif value not in (None, "auto"):
             if not isinstance(value, (int, float)):
                 raise ValueError(f"its {name} is {value!r}, expected a number")
-            config[OURS.get(name, name)] = value
+            config[OUR_FIELD.get(name, name)] = value
     if ignored:
         print(f"config.json: settings that are unknown here and ignored: {', '.join(ignored)}", flush=True)
     return ModelConfig(**config)
@@ -1455,11 +1505,11 @@ def import_settings(settings):
 
 def import_weights(config, weights):
     """The weights by our names, in float32. Raises an error unless a model of config has exactly these."""
-    if config.n_layer > len(weights):
+    if config.n_layer > len(weights):  # before a damaged file makes us build a million layers
         raise ValueError(f"its settings ask for {config.n_layer} layers, it has {len(weights)} weights")
     ours = {}
     for name, x in weights.items():
-        # transformers and older versions of flash-linear-attention call two of them otherwise
+        # two names differ in transformers and in older versions of fla
         name = name.replace("backbone.embeddings.", "backbone.embedding.")
         name = name.replace(".g_norm.", ".g_norm_swish_gate.")
         for our_part, their_part in NAMES[config.layer].items():
@@ -1467,12 +1517,14 @@ def import_weights(config, weights):
         ours[name] = x
 
     # a tied weight may be there under either name, or under both
-    if config.tie_embeddings:
-        output = ours.setdefault("lm_head.weight", ours.get("embedding.weight"))
-        if not torch.equal(output, ours.setdefault("embedding.weight", output)):
+    names = ("embedding.weight", "lm_head.weight")
+    tied = [ours[name] for name in names if name in ours]
+    if config.tie_embeddings and tied:
+        if len(tied) == 2 and not torch.equal(*tied):
             raise ValueError("lm_head.weight differs from the embedding that its settings tie it to")
+        ours.update(dict.fromkeys(names, tied[0]))
 
-    # PyTorch names what is missing, extra or misshapen, before the numbers are looked at
+    # build a model only to check: PyTorch's error names what is missing, extra or misshapen
     model_from_checkpoint(dict(config=asdict(config), model=ours))
     for name, x in ours.items():
         if not x.isfinite().all():
@@ -1492,7 +1544,7 @@ def model_from_checkpoint(checkpoint):
 
 
 def export_model(model, folder, dtype=torch.float32):
-    """Write config.json and pytorch_model.bin as mamba_ssm loads them, in the case of GLA as fla does.
+    """Write config.json and pytorch_model.bin for mamba_ssm, or for GLA for flash-linear-attention.
 
     dtype: of the stored weights. Raises ValueError, before anything is written, for what would be loaded
     wrongly.
@@ -1501,14 +1553,13 @@ def export_model(model, folder, dtype=torch.float32):
     config = model.config
     kind = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla"}[config.layer]
     _, names, names_in_ssm_cfg, defaults = KINDS[kind]
-    readable = ModelConfig(**defaults, layer=config.layer)
+    assumed = ModelConfig(**defaults, layer=config.layer)  # what the library takes where it has no setting
     for field in ("norm_eps", "gate_low_rank_dim", "pad_vocab_size_multiple"):
-        can_be_set = field in names
-        if not can_be_set and getattr(config, field) != getattr(readable, field):
+        if field not in names and getattr(config, field) != getattr(assumed, field):
             raise ValueError(f"the other library has no setting for {field} {getattr(config, field)}")
-    for file in (CHECKPOINT, "model.safetensors"):
-        if os.path.exists(os.path.join(folder, file)):
-            raise ValueError(f"{folder} has a {file}, which would be read instead: choose another folder")
+    for pattern in (CHECKPOINT, "model*.safetensors", "pytorch_model-*.bin"):
+        for file in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            raise ValueError(f"{file} would be read instead of what is written here: choose another folder")
 
     # the weights by the library's names; a tied one is stored once, because both names share its memory
     weights = {}
@@ -1524,7 +1575,7 @@ def export_model(model, folder, dtype=torch.float32):
         weights["lm_head.weight"] = next(x for name, x in weights.items() if "embedding" in name)
 
     # the settings by the library's names
-    settings = {name: getattr(config, OURS.get(name, name)) for name in names}
+    settings = {name: getattr(config, OUR_FIELD.get(name, name)) for name in names}
     if config.layer == "gla":
         settings["model_type"] = kind
     else:
@@ -1539,7 +1590,7 @@ def write_atomically(path, write):
     temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:  # torch.save into an open file says so if the disk is full
+        with open(temporary, "wb") as file:  # given a path, torch.save hides that a disk is full
             write(file)
         os.replace(temporary, path)
     except OSError as error:

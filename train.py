@@ -1,18 +1,20 @@
-"""Train a recurrent language model from zero states, then cure it with an intervention on the initial state.
+"""Train a recurrent language model from zero states, then post-train it from other initial states.
 
     python train.py --intervention state_passing
 
-is the main job: it pre-trains the tiny base model on echo if there is none, post-trains it, and ends with a
-table, a verdict and a picture of the loss by position, before and after. Without --intervention it makes the
-base alone; `--intervention zero` is the control, the same extra steps without a cure. Every run is one folder
-with checkpoint.pt, metrics.jsonl and what was measured of it. A run that was stopped goes on from its last
-checkpoint when it is started again in the same way. Several GPUs: torchrun --nproc-per-node N train.py ...,
-each rank carries its own rows. Letters are those of lengthgen.py.
+is the main job: it pre-trains a tiny base model on the task echo if there is none, which fails past its
+training length T. It post-trains the base with the intervention, and ends with a table, a verdict and a
+picture of the loss by position, before and after. Without --intervention it makes the base alone.
+`--intervention zero` is the control, the same extra steps without a cure. Every run is one folder with
+checkpoint.pt, metrics.jsonl and what was measured of it. A run that was stopped goes on from its last
+checkpoint when it is started again in the same way. Several GPUs: torchrun --nproc-per-node N train.py ...;
+each rank then trains on its own rows. lengthgen.py explains the letters.
 """
 
 import argparse
 import ast
 import contextlib
+import datetime
 import functools
 import inspect
 import json
@@ -44,19 +46,23 @@ TINY_MODELS = {  # they learn echo on a laptop in minutes
     "mamba1": dict(d_model=96, n_layer=2, d_state=16),
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
 }
-# What the command line leaves open. hold: the share of the steps after which the learning rate begins to fall
-# (0 is the paper's schedule); zero_prob: the share of the rows that start from zeros
+# Settings that the command line does not give. hold: the share of the steps after which the learning rate
+# begins to fall (0 is the paper's schedule); zero_prob: the share of the rows that start from zeros
 RECIPES = {
     "base": dict(steps=1400, lr=3e-3, hold=0.0, batch=64, zero_prob=0.0),
-    "base of mixed": dict(steps=1840, lr=5e-3, hold=0.85, batch=64, zero_prob=0.0),  # less hardly breaks it
+    "base of mixed": dict(
+        steps=1840, lr=5e-3, hold=0.85, batch=64, zero_prob=0.0
+    ),  # else it hardly fails past T
     "cure": dict(steps=500, lr=1e-3, hold=0.0, batch=64, zero_prob=0.5),
-    # the paper's steps, tokens and zero starts; it does not give its learning rate
-    "cure of a large model": dict(steps=500, lr=5e-5, hold=0.0, batch=8, zero_prob=0.0),
+    # the paper's steps; LARGE_LR and LARGE_TOKENS say the rest; its zero_prob is presumed
+    "cure of a large model": dict(steps=500, lr=None, hold=0.0, batch=8, zero_prob=0.1),
 }
-DEFAULTS = dict(accumulate=1, intervention="zero", carry="full", noise_std=1.0)
-LARGE = 50e6  # parameters
-TOKENS_LARGE = 2**19  # tokens of a step of a large model, by accumulation
-# the paper's
+DEFAULTS = dict(accumulate=1, intervention="zero", carry="full", noise_std=1.0)  # of every recipe
+LARGE = 50e6  # a model with more parameters is large
+# {up to so many parameters: peak}: a tenth of the peak in pre-training, as the paper has it
+LARGE_LR = {2e8: 6e-5, 5e8: 3e-5, 1e9: 2.5e-5, 2e9: 2e-5, math.inf: 1.6e-5}
+LARGE_TOKENS = 2**19  # of a step: micro-batches are accumulated up to this
+# from the paper, up to CLIP
 FINAL_LR = 1e-5
 WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.95)
@@ -82,43 +88,54 @@ def between(kind, lowest, highest):
             raise argparse.ArgumentTypeError(f"must lie between {lowest} and {highest}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says "invalid int value" where kind(text) fails
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" if kind(text) fails
     return parse
 
 
-positive = between(int, 1, 10**8)
-seed = between(int, 0, 2**32 - 1)
-share = between(float, 0, 1)
-rate = between(float, 1e-30, 1e38)
-not_negative = between(float, 0, 1e6)
+positive_type = between(int, 1, 10**8)
+seed_type = between(int, 0, 2**32 - 1)
+share_type = between(float, 0, 1)
+rate_type = between(float, 1e-30, 1e38)  # as float32 holds
+not_negative_type = between(float, 0, 1e6)
 
-SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings of a base that its cures share
-OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch", "accumulate")
+SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings that a base and its cures have in common
+OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch", "accumulate")  # the others
 
 
 def parse_arguments(argv):
+    """The arguments; in brackets of the help, the defaults of a base, of a cure and of large models."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--intervention", choices=lg.INTERVENTIONS, help="the cure (none: train the base alone)")
     p.add_argument("--model", choices=TINY_MODELS, help="architecture of a new base (mamba2)")
     p.add_argument("--task", choices=lg.TASKS, help="what to train on (echo, or the task of --init)")
     p.add_argument("--data", nargs="+", metavar="PATH", help="text, .jsonl or .bin (the standard library)")
     p.add_argument("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json (bytes, or as --init)")
-    p.add_argument("--T", type=positive, help="training length in tokens (that of the task, or of --init)")
+    p.add_argument(
+        "--T", type=positive_type, help="training length in tokens (that of the task, or of --init)"
+    )
     p.add_argument("--init", metavar="NAME", help="start from this run, or a checkpoint on disk or the hub")
-    p.add_argument("--steps", type=positive, help="optimizer steps (base 1400, of mixed 1840; then 500)")
-    p.add_argument("--lr", type=rate, help="peak (base 3e-3, of mixed 5e-3; then 1e-3; official 5e-5)")
-    p.add_argument("--batch", type=positive, help="rows of a micro-batch on each rank (64; official sizes 8)")
-    p.add_argument("--accumulate", type=positive, help="micro-batches of a step (1; official: 0.5M tokens)")
+    p.add_argument(
+        "--steps", type=positive_type, help="optimizer steps (base 1400, base of mixed 1840, cure 500)"
+    )
+    p.add_argument(
+        "--lr", type=rate_type, help="peak (base 3e-3, base of mixed 5e-3, cure 1e-3; large: by size)"
+    )
+    p.add_argument(
+        "--batch", type=positive_type, help="rows of a micro-batch on each rank (64; large model 8)"
+    )
+    p.add_argument(
+        "--accumulate", type=positive_type, help="micro-batches of a step (1; large model: for 0.5M tokens)"
+    )
     p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
-    p.add_argument("--zero-prob", type=share, help="share of rows from zeros (0.5; official sizes 0)")
-    p.add_argument("--noise-std", type=not_negative, help="standard deviation of random_noise (1)")
-    p.add_argument("--seed", type=seed, default=0, help="of weights, text and noise")
+    p.add_argument("--zero-prob", type=share_type, help="share of rows from zeros (0.5; large model 0.1)")
+    p.add_argument("--noise-std", type=not_negative_type, help="standard deviation of random_noise (1)")
+    p.add_argument("--seed", type=seed_type, default=0, help="of weights, text and noise")
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
     args = p.parse_args(argv)
 
-    # what would be ignored is refused
+    # refuse options that would have no effect
     if args.init is not None and not args.intervention:
         raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
     for option in ("carry", "zero_prob", "noise_std"):
@@ -133,20 +150,20 @@ RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchr
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def print_once(message):
+def print_rank0(message):
     """Print on the first rank of a distributed run only."""
     if RANK == 0:
         print(message, flush=True)
 
 
-@functools.cache
-def tell(message):
+@functools.cache  # so that a second call with the same message does nothing
+def print_once(message):
     """Print a message the first time only."""
-    print_once(message)
+    print_rank0(message)
 
 
 def choose_device(wanted):
-    """The torch.device of --device, or the best there is; prints which one and why. Joins the other ranks."""
+    """The torch.device of --device, or the best there is; prints which one and why."""
     device = torch.device(wanted or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if device.type == "cuda":  # several ranks have a GPU each
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -155,16 +172,19 @@ def choose_device(wanted):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from None
     reason = "asked for" if wanted else "the best there is"
-    print_once(f"device: {device}, {reason}, {torch.get_num_threads()} CPU threads, {RANKS} ranks")
+    print_rank0(f"device: {device}, {reason}, {torch.get_num_threads()} CPU threads, {RANKS} ranks")
+    return device
 
-    # checkpoints are gathered on the CPU, by gloo; gradients are averaged where they are
+
+def join_ranks(device):
+    """Connect to the other processes if torchrun has started this one."""
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "gloo"
-        if device.type == "cuda":
+        if device.type == "cuda":  # gloo gathers checkpoints on the CPU, nccl averages gradients on the GPU
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend)
-    return device
+        # the other ranks wait while the first one measures, or waits for another program
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
 
 
 def tell_scan(model):
@@ -172,7 +192,7 @@ def tell_scan(model):
     layer, device = model.layers[0].mixer, model.lm_head.weight.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in training
     backend, reason = kernels.choose_backend(device, dtype, layer.K, layer.V)
-    tell(f"scan: {backend}, {reason}")
+    print_once(f"scan: {backend}, {reason}")
 
 
 def learning_rate(step, steps, peak, hold=0.0):
@@ -208,23 +228,24 @@ class Carried:
     """What one rank hands from step to step besides the weights: rows of text, states, statistics and noise.
 
     Each micro-batch of a step is a slot with rows and a state of its own, which starts from the final state
-    of the same slot in the step before. So "the previous batch" means the whole batch, as in the paper.
+    of the same slot in the step before, not from the micro-batch before. So with accumulation, too, "the
+    previous batch" is a whole batch, as in the paper.
     """
 
-    def __init__(self, model, corpus, s):
-        _, rows_continue = lg.INTERVENTIONS[s.intervention]
-        seed = 1000 * s.seed + RANK
+    def __init__(self, model, corpus, settings):
+        _, rows_continue = lg.INTERVENTIONS[settings.intervention]
+        seed = 1000 * settings.seed + RANK  # other numbers for each seed, rank and slot, and for the noise
         self.rows = []
         self.states = []  # the initial states of the next step
-        for slot in range(s.accumulate):
-            self.rows.append(lg.Rows(corpus, "train", s.batch, rows_continue, seed + 10**6 * slot))
-            self.states.append(model.zero_state(s.batch))
+        for slot in range(settings.accumulate):
+            self.rows.append(lg.Rows(corpus, "train", settings.batch, rows_continue, seed + 10**6 * slot))
+            self.states.append(model.zero_state(settings.batch))
         self.stats = lg.StateStatistics()
         self.noise_rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed + 10**9)
 
     def state_dict(self):
         """All of it as plain dictionaries, lists, tuples and tensors on the CPU."""
-        rows = [dict(rng=rows.rng.get_state(), at=rows.at) for rows in self.rows]
+        rows = [dict(rng=x.rng.get_state(), at=x.at) for x in self.rows]
         states = [to_plain(state) for state in self.states]
         mean, mean_square = to_plain(self.stats.mean), to_plain(self.stats.mean_square)
         stats = dict(count=self.stats.count, mean=mean, mean_square=mean_square)
@@ -242,65 +263,75 @@ class Carried:
 
 
 def to_plain(state):
-    """A state as a list of tuples of tensors on the CPU, which torch.load opens without this program."""
-    return state and [tuple(layer) for layer in lg.map_state(torch.Tensor.cpu, state)]
+    """A state, or None, as tuples of tensors on the CPU, which torch.load opens without this program."""
+    if state is None:
+        return None
+    return [tuple(layer) for layer in lg.map_state(torch.Tensor.cpu, state)]
 
 
 def from_plain(saved, device):
-    """The state that to_plain has made plain, on a device."""
-    return saved and lg.map_state(lambda x: x.to(device), [lg.LayerState(*layer) for layer in saved])
+    """The state, or None, that to_plain has made plain, on a device."""
+    if saved is None:
+        return None
+    return lg.map_state(lambda x: x.to(device), [lg.LayerState(*layer) for layer in saved])
 
 
-def train(model, corpus, s, folder, device, signals, compile=False):
-    """Train the model in place by the settings s, writing to the folder; go on where an equal run stopped.
+def train(model, corpus, settings, folder, device, signals, compile=False):
+    """Train the model in place by the settings, writing to the folder; go on where an equal run stopped.
 
     A finished run is only loaded. A folder that holds another run is left alone: ValueError.
-    signals: a list that is empty until somebody asks to stop after the step in work, with a checkpoint
+    signals: a list; once it is not empty, training saves a checkpoint after the current step and exits
     """
-    torch.manual_seed(s.seed)
-    task, _, _ = lg.TASKS[s.task]
-    intervention, _ = lg.INTERVENTIONS[s.intervention]
-    if s.intervention == "random_noise":
-        intervention = functools.partial(intervention, std=s.noise_std)
-    run = describe_run(s, model, corpus)
+    torch.manual_seed(settings.seed)
+    task, _, _, share = lg.TASKS[settings.task]
+    intervention, _ = lg.INTERVENTIONS[settings.intervention]
+    if settings.intervention == "random_noise":
+        intervention = functools.partial(intervention, std=settings.noise_std)
+    run = describe_run(settings, model, corpus)
     optimizer = make_optimizer(model)
-    carried = Carried(model, corpus, s)
+    carried = Carried(model, corpus, settings)
 
     # go on from the last checkpoint of this run, with the metrics of its steps
-    first_step, seconds_before = 0, 0.0
+    steps_done, seconds_before = 0, 0.0
     if os.path.exists(os.path.join(folder, lg.CHECKPOINT)):
-        first_step, seconds_before = load_run(folder, run, model, optimizer, carried)
-        if first_step == s.steps:
-            print_once(f"{folder}: found, all {s.steps} steps")
+        steps_done, seconds_before = load_run(folder, run, model, optimizer, carried)
+        if steps_done == settings.steps:
+            print_rank0(f"{folder}: found, all {settings.steps} steps")
             return
-        print_once(f"{folder}: goes on at step {first_step}, where the same run was stopped")
-    saved_step = first_step
+        print_rank0(f"{folder}: goes on after step {steps_done}, where the same run was stopped")
+    saved_step = steps_done
     metrics_file = Path(folder, "metrics.jsonl")
     if RANK == 0:
         metrics_file.touch()
         lines = metrics_file.read_text(errors="replace").splitlines(keepends=True)  # one for each step
-        lg.write_text(metrics_file, "".join(lines[:first_step]))
+        # without the lines of steps after the checkpoint
+        lg.write_text(metrics_file, "".join(lines[:steps_done]))
     started = time.time()
 
     forward = torch.compile(model) if compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    tokens_per_step = s.batch * s.T * s.accumulate * s.ranks
-    for step in range(first_step + 1, s.steps + 1):
+    tokens_per_step = settings.batch * settings.T * settings.accumulate * settings.ranks
+    for step in range(steps_done + 1, settings.steps + 1):
         # the gradient of the mean loss of all micro-batches, each from the state that its slot carries
         step_loss = torch.zeros((), device=device)
-        for slot in range(s.accumulate):
-            tokens, part = task(carried.rows[slot], s.T)
+        for slot in range(settings.accumulate):
+            tokens, part = task(carried.rows[slot], settings.T)  # (B, T+1); (B, T), 0: not trained on
             tokens = torch.from_numpy(tokens).to(device)
             part = torch.from_numpy(part).to(device)
             with autocast:
                 logits, final_state = forward(tokens[:, :-1], carried.states[slot])
-            loss = lg.masked_loss(logits, tokens[:, 1:], part) / s.accumulate
+            loss = lg.masked_loss(logits, tokens[:, 1:], part, share) / settings.accumulate
             loss.backward()
             step_loss += loss.detach()
 
             # the intervention: the state from which the next micro-batch of this slot starts
             carried.states[slot] = lg.next_initial_state(
-                intervention, final_state, carried.stats, carried.noise_rng, s.zero_prob, s.carry
+                intervention,
+                final_state,
+                carried.stats,
+                carried.noise_rng,
+                settings.zero_prob,
+                settings.carry,
             )
 
         # one optimizer step, with the mean of the gradients of all ranks
@@ -311,8 +342,8 @@ def train(model, corpus, s, folder, device, signals, compile=False):
         if not math.isfinite(step_loss + norm.item()):
             kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "nothing was saved yet"
             problem = f"loss {step_loss}, gradient {norm.item()} in step {step}, {kept} in {folder}"
-            raise FloatingPointError(f"{problem}: try a smaller --lr than {s.lr} or another --seed")
-        lr = learning_rate(step - 1, s.steps, s.lr, s.hold)
+            raise FloatingPointError(f"{problem}: try a smaller --lr than {settings.lr} or another --seed")
+        lr = learning_rate(step - 1, settings.steps, settings.lr, settings.hold)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -324,28 +355,26 @@ def train(model, corpus, s, folder, device, signals, compile=False):
         if RANK == 0:
             with open(metrics_file, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        if step % max(1, s.steps // 20) == 0 or step == s.steps:
-            speed = (step - first_step) / (seconds - seconds_before)  # steps a second
-            left = clock((s.steps - step) / speed)
-            done = f"step {step:5}/{s.steps}  {step / s.steps:4.0%}  loss {step_loss:.3f}"
-            print_once(f"  {done}  {speed * tokens_per_step:,.0f} tokens/s  {left} left")
+        if step % max(1, settings.steps // 20) == 0 or step == settings.steps:
+            speed = (step - steps_done) / (seconds - seconds_before)  # steps a second
+            left = clock((settings.steps - step) / speed)
+            done = f"step {step:5}/{settings.steps}  {step / settings.steps:4.0%}  loss {step_loss:.3f}"
+            print_rank0(f"  {done}  {speed * tokens_per_step:,.0f} tokens/s  {left} left")
 
         # a checkpoint; all ranks stop after the same step, even if the signal reached one of them only
         stopped = lg.mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
-        if step % SAVE_EVERY == 0 or step == s.steps or stopped:
+        if step % SAVE_EVERY == 0 or step == settings.steps or stopped:
             save_run(folder, run, model, optimizer, carried, step, seconds)
             saved_step = step
         if stopped:
-            print_once(f"stopped after step {step}: the same command goes on from there")
+            print_rank0(f"stopped after step {step}: the same command goes on from there")
+            # as shells report a signal; SIGTERM stands for one that another rank got
             sys.exit(128 + max(signals, default=signal.SIGTERM))
 
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Wait until no other process trains in the folder, and keep others out.
-
-    Yields a list that collects SIGINT and SIGTERM, which ask to stop; a second one ends the program at once.
-    """
+    """Wait until no other process trains in the folder, and keep others out."""
     # the first rank waits for other programs, the other ranks for the first one
     lock = FileLock(os.path.join(folder, "lock"))
     os.makedirs(folder, exist_ok=True)
@@ -357,7 +386,15 @@ def alone_in(folder):
             lock.acquire()
     if dist.is_initialized():
         dist.barrier()
+    try:
+        yield
+    finally:
+        lock.release()
 
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yield a list that collects SIGINT and SIGTERM, instead of ending the program at the first one."""
     signals = []
 
     def remember(number, _):
@@ -371,17 +408,16 @@ def alone_in(folder):
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-        lock.release()
 
 
 def save_run(folder, run, model, optimizer, carried, step, seconds):
-    """Write, in one step, everything that a run of one or several ranks needs to go on."""
+    """Write everything that a run of one or several ranks needs to go on."""
     this_rank = carried.state_dict()
     all_ranks = [this_rank]
     if dist.is_initialized():
         all_ranks = [None] * RANKS
         dist.all_gather_object(all_ranks, this_rank)
-    checkpoint = dict(run, step=step, seconds=seconds, ranks=all_ranks, versions=VERSIONS)
+    checkpoint = dict(run, step=step, seconds=seconds, carried=all_ranks, versions=VERSIONS)
     checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict())
     if RANK == 0:
         lg.write_atomically(os.path.join(folder, lg.CHECKPOINT), functools.partial(torch.save, checkpoint))
@@ -391,43 +427,45 @@ def load_run(folder, run, model, optimizer, carried):
     """Load what save_run wrote into model, optimizer and carried. Returns its step and its seconds."""
     saved = lg.load_checkpoint(folder)
     check_same_run(saved, run, folder)
-    with lg.reading(folder, "a run of train.py"):
+    with lg.reading(folder, "a run of train.py"):  # any error in here becomes a ValueError of one sentence
         step, seconds = saved["step"], saved["seconds"]
         assert 0 < step <= run["settings"]["steps"], f"it claims to be at step {step}"
         model.load_state_dict(saved["model"])
-        if step == run["settings"]["steps"]:  # perhaps of another device or more ranks, and only looked at
+        if step == run["settings"]["steps"]:  # a finished run, of which only the weights are needed
             return step, seconds
+        # the moments; the other settings of the optimizer are those of make_optimizer
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["optimizer"]["state"]))
         for weight_name, weight in model.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
                 x = optimizer.state[weight][moment]
                 assert x.shape == weight.shape and x.isfinite().all(), f"{moment} of {weight_name} is damaged"
-        carried.load_state_dict(saved["ranks"][RANK], model.lm_head.weight.device)
+        carried.load_state_dict(saved["carried"][RANK], model.lm_head.weight.device)
     return step, seconds
 
 
 # ---- 5. What a run is ----
 # A run is its settings, the sizes of its model, its text, the weights that it starts from, and the source of
-# what it runs. A folder is gone on from, or taken as finished, only where all of these are the same.
+# what it runs. Training goes on in a folder, or takes it as finished, only if all of these are the same.
 
-# what only names what a checksum tells better, and what changes no result
+# not compared: names of things that have a checksum, and settings and constants that change no result
 NOT_COMPARED = ("tokenizer", "data", "init", "backend", "recompute", "RANK", "INTERPRETED", "SAVE_EVERY")
-BASE = "base"  # in made_from, the weights that a run starts from
+START = "set of initial weights"
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
-# the code of all runs, and of all models; a run has also a task, an intervention and a layer
+# the code of all runs, and of all models; a run also has that of its task, intervention and layer
 TRAINING = (train, Carried, learning_rate, make_optimizer)
 MODEL = (lg.LanguageModel.__init__, lg.LanguageModel.forward, *kernels.BACKENDS.values())
 
 
-def describe_run(s, model, corpus):
-    """What makes a run this run, before its first step: settings, config, and checksums of the rest."""
-    task, _, _ = lg.TASKS[s.task]
-    intervention, _ = lg.INTERVENTIONS[s.intervention]
+def describe_run(settings, model, corpus):
+    """What identifies a run, before its first step: settings, config, and checksums of the rest."""
+    task, _, _, share = lg.TASKS[settings.task]
+    intervention, _ = lg.INTERVENTIONS[settings.intervention]
     made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task, intervention)
+    made_from["share of the loss on all targets"] = share
     made_from["text"] = corpus.checksum
-    made_from[BASE] = checksum(model)
-    return dict(settings=vars(s), config=asdict(model.config), made_from=made_from)
+    made_from[START] = checksum(model)
+    return dict(settings=vars(settings), config=asdict(model.config), made_from=made_from)
 
 
 def check_same_run(saved, run, folder):
@@ -455,40 +493,46 @@ def checksum(model):
 
 
 def sources(*roots, modules=("kernels", "lengthgen")):
-    """{name: checksum} of the source of functions and classes, and of all in some modules that they use."""
+    """{name: checksum} of the source of functions and classes, and of what they use, directly or not.
+
+    That is every function, class and constant of the given modules.
+    """
     found = {}
     waiting = list(roots)
     while waiting:
-        part = waiting.pop()
-        if isinstance(part, functools.partial):
-            found["arguments"] = zlib.crc32(repr((part.args, part.keywords)).encode())
-            part = part.func
-        if part.__qualname__ in found:
+        item = waiting.pop()
+        if isinstance(item, functools.partial):  # as an intervention of your own may be
+            found["arguments"] = zlib.crc32(repr((item.args, item.keywords)).encode())
+            item = item.func
+        if item.__qualname__ in found:
             continue
-        found[part.__qualname__], names = read_source(part)
+        crc, names = read_source(item)
+        found[item.__qualname__] = crc
 
         # what the names in it stand for: functions and classes, which are read in turn, and constants
-        namespace = vars(sys.modules[part.__module__])
+        namespace = vars(sys.modules[item.__module__])
         for name in names:
             first, _, attribute = name.partition(".")
-            used = namespace.get(first)
+            value = namespace.get(first)
             if attribute:
-                used = getattr(used, attribute, None)
-            used = getattr(used, "fn", used)  # the function of a Triton kernel
-            if (inspect.isfunction(used) or inspect.isclass(used)) and used.__module__ in modules:
-                waiting.append(used)
-            elif isinstance(used, (int, float, str, tuple)) and not hasattr(used, "_fields"):
-                found[name] = zlib.crc32(repr(used).encode())
+                value = getattr(value, attribute, None)
+            value = getattr(value, "fn", value)  # the function of a Triton kernel
+            is_code = inspect.isfunction(value) or inspect.isclass(value)
+            is_tuple_of_functions = hasattr(value, "_fields")  # a Tokenizer
+            if is_code and value.__module__ in modules:
+                waiting.append(value)
+            elif isinstance(value, (int, float, str, tuple)) and not is_tuple_of_functions:
+                found[name] = zlib.crc32(repr(value).encode())
     return found
 
 
 @functools.cache
-def read_source(part):
-    """The checksum of the source of a function or class, and the names in it, as they were at the first call.
+def read_source(item):
+    """The checksum of the source of a function or class, and the names in it, like "scan" or "lg.Rows".
 
-    The names are like "scan" or, behind the name of a module, "lg.Rows".
+    They are cached: later edits of the file do not change what this process runs.
     """
-    source = inspect.getsource(part)
+    source = inspect.getsource(item)
     try:
         tree = ast.parse(textwrap.dedent(source))
     except SyntaxError:  # of a lambda, whose source is a piece of a statement
@@ -505,51 +549,63 @@ def read_source(part):
 # ---- 6. Measuring, the table and the picture ----
 
 
-def measured(folder, measure, model, corpus, T, task):
-    """measure(model, corpus, T, task), from its file in the folder if it was made from all the same.
+def load_or_measure(folder, measure, model, corpus, T, task):
+    """measure(model, corpus, T, task), or what the folder keeps of it if model, text and code are the same.
 
-    A measurement is a dictionary: xlabel, ylabel, the places x, and panels, {title: values at these places}.
+    A measurement is a dictionary: xlabel, ylabel, the places x, and values, {title: a list, one for each x}.
+    Only the first rank measures; the others get None.
     """
-    function = lg.TASKS[task][0]
+    if RANK > 0:
+        return None
+    task_function = lg.TASKS[task][0]
     modules = ("kernels", "lengthgen", measure.__module__)
-    made_from = sources(measure, function, *MODEL, lg.LAYERS[model.config.layer], modules=modules)
+    made_from = sources(measure, task_function, *MODEL, lg.LAYERS[model.config.layer], modules=modules)
     made_from.update(weights=checksum(model), text=corpus.checksum, T=T, task=task)
     file = Path(folder, f"{measure.__name__}.json")
     if file.exists():
-        with lg.reading(file, "a measurement, remove it"):
-            kept = json.loads(file.read_text())
-            if kept["made_from"] == made_from:
-                return kept["measured"]
-    print_once(f"  measuring {measure.__name__} of {folder} ...")
-    result = measure(model, corpus, T, task)
-    if RANK == 0:
-        kept = dict(measured=result, made_from=made_from, versions=VERSIONS)
-        lg.write_text(file, json.dumps(kept, indent=1))
-    return result
+        with lg.reading(file, "a measurement; remove the file to measure again"):
+            saved = json.loads(file.read_text())
+            measurement = saved["measurement"]
+            assert {"xlabel", "ylabel", "x", "values"} == measurement.keys(), "it is damaged"
+            if saved["made_from"] == made_from:
+                return measurement
+    print(f"  measuring {measure.__name__} of {folder} ...", flush=True)
+    measurement = measure(model, corpus, T, task)
+    saved = dict(measurement=measurement, made_from=made_from, versions=VERSIONS)
+    lg.write_text(file, json.dumps(saved, indent=1))
+    return measurement
 
 
 def loss_by_position(model, corpus, T, task, B=None, windows=64):
-    """The loss by position of B streams of up to `windows` T. B None: fewer streams where T is long."""
+    """The loss by position of B streams, each at most windows * T tokens long.
+
+    B None: so many that the first T tokens of all are about 12800, but between 16 and 256
+    """
     if B is None:
         B = max(16, min(256, 12800 // T))
-    panels = lg.position_wise(model, task, corpus, T, B, windows=windows, progress=Progress())
-    x = panels.pop("x")
+    values = lg.position_wise(model, task, corpus, T, B, windows=windows, progress=Progress())
+    x = values.pop("x")
     if x[-1] < windows:
-        print_once(f"the streams end at {x[-1]} T, not {windows} T: {len(corpus.val):,} tokens are held out")
-    return dict(xlabel="position (T)", ylabel="loss (nats per token)", x=x, panels=panels)
+        print(f"the streams end at {x[-1]} T, not {windows} T: {len(corpus.val):,} tokens are held out")
+    return dict(xlabel="position (T)", ylabel="loss (nats per token)", x=x, values=values)
 
 
 class Progress:
-    """Called with the share that is done: prints it and the time left every ten seconds."""
+    """Called with the share that is done, prints it and the time left every ten seconds.
+
+    Prints at the first call already if it will take more than a minute.
+    """
 
     def __init__(self):
         self.started = self.printed = time.time()
 
     def __call__(self, done):
-        if time.time() - self.printed > 10:
-            self.printed = time.time()
-            left = (self.printed - self.started) * (1 - done) / done
-            print_once(f"  {done:4.0%}  {clock(left)} left")
+        now = time.time()
+        left = (now - self.started) * (1 - done) / done
+        takes_long = self.printed == self.started and left > 60
+        if now - self.printed > 10 or takes_long:
+            self.printed = now
+            print(f"  {done:4.0%}  {clock(left)} left", flush=True)
 
 
 def clock(seconds):
@@ -582,8 +638,8 @@ def panels_of(found, seeds=1):
     for label, measurements in found.items():
         first = measurements[0]
         axes = dict(xlabel=first["xlabel"], ylabel=first["ylabel"])
-        for title in first["panels"]:
-            values = [measurement["panels"][title] for measurement in measurements]
+        for title in first["values"]:
+            values = [measurement["values"][title] for measurement in measurements]
             panel = panels.setdefault(title, dict(title=title, **axes, seeds=seeds, curves={}))
             panel["curves"][label] = (first["x"], values)
     return list(panels.values())
@@ -601,10 +657,12 @@ def name_of(label, panel):
 def print_table(panels):
     """Print every number that the panels draw: the mean over seeds, and highest minus lowest."""
     for panel in panels:
-        x, _ = next(iter(panel["curves"].values()))
         print(f"\n{panel['title']}: {panel['ylabel']} by {panel['xlabel']}")
-        print_row("", x, ".3g")
-        for label, (_, values) in panel["curves"].items():
+        printed_x = None
+        for label, (x, values) in panel["curves"].items():
+            if x != printed_x:
+                print_row("", x, ".3g")
+                printed_x = x
             print_row(name_of(label, panel), np.mean(values, 0), ".3f")
             if len(values) > 1:
                 print_row("  highest - lowest", np.ptp(values, 0), ".3f")
@@ -615,15 +673,17 @@ def print_row(first, values, form):
 
 
 def print_verdict(panels):
-    """Say for each curve of loss against position whether it holds past T, if it goes beyond."""
+    """Say for each curve of loss by position that goes past T whether the loss stays as low as in T."""
     print()
     for panel in panels:
         for label, (x, values) in panel["curves"].items():
-            if x[-1] <= 1:
-                continue
             loss = np.mean(values, 0)
-            inside = loss[x.index(1)]
-            worst = np.nanmax(loss[x.index(1) + 1 :]) - inside
+            in_T = x.index(1)  # the range of positions that ends at T
+            beyond = [value for value in loss[in_T + 1 :] if not math.isnan(value)]
+            if not beyond or math.isnan(loss[in_T]):
+                continue
+            inside = loss[in_T]
+            worst = max(beyond) - inside
             if worst < 0.1:
                 verdict = f"holds to {x[-1]:g} T"
             elif worst < 0.5:
@@ -643,20 +703,19 @@ def draw(panels, path, title):
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * rows), layout="constrained")
     lines = {}  # the curves by name
+    colours = {}  # by label
     for i, panel in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1)
         for label, (x, values) in panel["curves"].items():
-            # a curve has the same colour in all panels
-            name = name_of(label, panel)
+            # a run has the same colour in all panels
             _, colour, style = style_of(label)
-            if name in lines:
-                colour = lines[name].get_color()
-            colour = colour or f"C{len(lines)}"
-            (lines[name],) = axis.plot(x, np.mean(values, 0), style, color=colour, marker=".")
+            colour = colours.setdefault(label, colour or f"C{len(colours)}")
+            line = axis.plot(x, np.mean(values, 0), style, color=colour, marker=".")[0]
+            lines[name_of(label, panel)] = line
             lowest, highest = np.min(values, 0), np.max(values, 0)
             axis.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
 
-        # places in multiples of T are drawn on a logarithmic axis, with a dotted line at T
+        # where the label says that places are multiples of T: a logarithmic axis, with a dotted line at T
         if "(T)" in panel["xlabel"]:
             axis.axvline(1, linestyle=":", color="black", linewidth=1)
             axis.text(1, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
@@ -690,12 +749,12 @@ def run_folder(out, model, task, label, seed):
 
 
 def fill_in(args, init):
-    """Fill in model, task, T and tokenizer where the command line leaves them open."""
+    """Fill in model, task, T and tokenizer if the command line does not. init: a checkpoint, or None"""
     if init:
         layer = init["config"]["layer"]
         if args.model not in (None, layer):
             raise ValueError(f"{args.init} is a {layer}, no {args.model}: leave --model out")
-        args.model = init["settings"].get("model", layer)  # its name in the folders of runs
+        args.model = init["settings"]["model"]  # a layer or a name, for the folders of runs
         args.task = args.task or init["settings"]["task"]
         args.T = args.T or init["settings"]["T"]
         if args.tokenizer is None:
@@ -718,11 +777,11 @@ def settings_of(args, corpus, recipe, options):
     return settings
 
 
-def check_vocabulary(model, corpus, init):
+def check_vocabulary(model, corpus, name):
     """Raise ValueError if the model was trained with another tokenizer than the corpus was read with."""
     known = model.config.vocab_size
-    if not 0 <= known - corpus.vocab_size < 128:  # transformers counts the padding of a vocabulary as words
-        counts = f"{init} knows {known} tokens, the corpus has {corpus.vocab_size}"
+    if not 0 <= known - corpus.vocab_size < 128:  # checkpoints of transformers may count padding as words
+        counts = f"{name} knows {known} tokens, the corpus has {corpus.vocab_size}"
         raise ValueError(f"{counts}: choose the --tokenizer that it was trained with")
 
 
@@ -737,8 +796,9 @@ def main(argv=None):
     for split in ("train", "val"):  # a text that is too short, or a T that does not fit, is found out here
         lg.TASKS[args.task][0](lg.Rows(corpus, split, B=1, continues=True, seed=0), args.T)
     counts = f"{len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out"
-    print_once(f"corpus: {corpus.name}, {counts}")
+    print_rank0(f"corpus: {corpus.name}, {counts}")
     device = choose_device(args.device)
+    join_ranks(device)
 
     label = args.intervention or "base"
     if args.carry == "scan":
@@ -746,41 +806,46 @@ def main(argv=None):
     folder = run_folder(args.out, args.model, args.task, label, args.seed)
 
     # the base: of --init, or a new one
-    base_folder = run_folder(args.out, args.model, args.task, "base", args.seed)
     if init:
         model = lg.model_from_checkpoint(init).to(device)
         check_vocabulary(model, corpus, args.init)
-        print_once(f"base: {args.init}")
+        print_rank0(f"base: {args.init}")
+        tell_scan(model)
+        # its measurement is kept in its own folder if it is a run on the same text, task and T, else in ours
+        measured_in = os.path.join(folder, "init")
+        as_it_was = (init["settings"]["task"], init["settings"]["T"], init.get("made_from", {}).get("text"))
+        if os.path.isdir(args.init) and as_it_was == (args.task, args.T, corpus.checksum):
+            measured_in = args.init
+        losses = load_or_measure(measured_in, loss_by_position, model, corpus, args.T, args.task)
     else:
         torch.manual_seed(args.seed)
         config = lg.ModelConfig(layer=args.model, vocab_size=corpus.vocab_size, **TINY_MODELS[args.model])
         model = lg.LanguageModel(config).to(device)
-        print_once(f"base: {base_folder}, trained from zero states where it is not finished")
-    tell_scan(model)
-    if init:
-        # where it may have been measured: in its own folder, if it is a run on the same task
-        measured_in = os.path.join(folder, "init")
-        same = (init["settings"]["task"], init["settings"]["T"]) == (args.task, args.T)
-        if same and os.path.exists(os.path.join(args.init, lg.CHECKPOINT)):
-            measured_in = args.init
-        losses = measured(measured_in, loss_by_position, model, corpus, args.T, args.task)
-    else:
+        base_folder = run_folder(args.out, args.model, args.task, "base", args.seed)
+        print_rank0(f"base: {base_folder}, trained from zero states where it is not finished")
+        tell_scan(model)
         recipe = "base of mixed" if args.task == "mixed" else "base"
-        own = () if args.intervention else OWN  # given with a cure, steps, lr and so on are the cure's
-        settings = settings_of(args, corpus, recipe, own)
+        options = (
+            () if args.intervention else OWN
+        )  # with --intervention, --steps, --lr and so on are the cure's
+        settings = settings_of(args, corpus, recipe, options)
         losses = train_and_measure(args, settings, model, corpus, base_folder, device)
     found = {"base": losses}
 
     # the cure
     if args.intervention:
         size = sum(weight.numel() for weight in model.parameters())
-        settings = settings_of(args, corpus, "cure of a large model" if size > LARGE else "cure", OWN)
+        recipe = "cure of a large model" if size > LARGE else "cure"
+        settings = settings_of(args, corpus, recipe, OWN)
         if size > LARGE:
             model.config.recompute = True
-            print_once("memory: each layer is computed again in the backward pass, or it would not fit")
+            print_rank0("memory: each layer is computed again in the backward pass, or it would not fit")
+            settings.lr = args.lr or next(lr for up_to, lr in LARGE_LR.items() if size <= up_to)
             tokens = settings.batch * args.T * RANKS  # of a step without accumulation
-            settings.accumulate = args.accumulate or math.ceil(TOKENS_LARGE / tokens)
-        print_once(f"post-training: {', '.join(f'{name} {value}' for name, value in vars(settings).items())}")
+            settings.accumulate = args.accumulate or math.ceil(LARGE_TOKENS / tokens)
+        print_rank0(
+            f"post-training: {', '.join(f'{name} {value}' for name, value in vars(settings).items())}"
+        )
         found[label] = train_and_measure(args, settings, model, corpus, folder, device)
 
     # the table, a verdict, the picture, and what to try next
@@ -798,10 +863,10 @@ def main(argv=None):
 
 
 def train_and_measure(args, settings, model, corpus, folder, device):
-    """Train the model where that is not finished. Returns its losses by position."""
-    with alone_in(folder) as signals:
+    """Train the model unless the folder holds the finished run. Returns its losses by position."""
+    with alone_in(folder), catch_signals() as signals:
         train(model, corpus, settings, folder, device, signals, args.compile)
-    return measured(folder, loss_by_position, model, corpus, args.T, args.task)
+    return load_or_measure(folder, loss_by_position, model, corpus, args.T, args.task)
 
 
 def run_command(main):
@@ -817,7 +882,7 @@ def run_command(main):
         sys.exit(1)
 
 
-# All sources are read now, because the files may be edited while this process works with what they were
+# Fill the cache of read_source now: the files may be edited while this process runs what they held
 sources(loss_by_position, *TRAINING, *MODEL, *lg.LAYERS.values(), modules=("kernels", "lengthgen", __name__))
 for function, *_ in (*lg.TASKS.values(), *lg.INTERVENTIONS.values()):
     sources(function)

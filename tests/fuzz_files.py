@@ -27,7 +27,7 @@ DRAW = train.draw
 
 
 def few_states(model, corpus, T, task):
-    return ev.state(model, corpus, T, task, B=2)
+    return ev.state_growth(model, corpus, T, task, B=2)
 
 
 ev.FIGURES["state"] = ("", "echo", [(few_states, "echo", ev.PAIR)])
@@ -75,7 +75,7 @@ def damage(file, data, rng):
 def read(folder, file, i):
     train.draw = DRAW if i % 10 == 0 else lambda *_: None  # which is slow
     if folder.name == "figure":
-        ev.draw("state", ev.parse_arguments(["--out", str(folder)]), CORPUS, CPU)
+        ev.draw_figure("state", ev.parse_arguments(["--out", str(folder)]), CORPUS, CPU)
     elif folder.name in ("tokenizer", "sentencepiece"):
         lg.load_tokenizer.cache_clear()
         corpus = lg.load_corpus(__file__, str(folder))

@@ -273,11 +273,11 @@ def test_copy_makes_one_string_of_any_length(corpus):
 
 def test_the_accuracy_of_copying_is_that_of_the_letters_alone(corpus):
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
-    measured = ev.packed(model, corpus, 64, "copy", B=4, windows=2)
-    assert measured["panels"]["packed strings"] == [0, 0]
+    measured = ev.copy_accuracy(model, corpus, 64, "copy", B=4, windows=2)
+    assert measured["values"]["packed strings"] == [0, 0]
 
 
-def test_the_passkey_is_measured_by_what_follows_the_key(corpus, monkeypatch):
+def test_the_passkey_is_measured_by_length_and_depth(corpus, monkeypatch):
     drawn = []
 
     def recorded(rows, T, depth):
@@ -286,9 +286,9 @@ def test_the_passkey_is_measured_by_what_follows_the_key(corpus, monkeypatch):
 
     monkeypatch.setattr(lg, "passkey", recorded)
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))
-    measured = ev.passkey(model, corpus, 64, "passkey", B=2, lengths=[2, 16])
-    assert drawn == [(128, 1 / 2), (1024, 15 / 16), (128, 0), (1024, 13 / 16), (128, 0), (1024, 1 / 2)]
-    assert measured["panels"]["up to 3 T of filler after the key"] == [1, 1]  # "." is right
+    measured = ev.passkey_accuracy(model, corpus, 64, "passkey", B=2, lengths=[2, 16])
+    assert drawn == [(128, 0.1), (128, 0.5), (128, 0.9), (1024, 0.1), (1024, 0.5), (1024, 0.9)]
+    assert measured["values"]["the key at depth 0.5"] == [1, 1]  # "." is right
 
 
 def test_copy_refuses_other_vocabularies_than_bytes_and_passkey_a_window_without_room(corpus):
@@ -407,11 +407,11 @@ def test_forgetting_faster_is_the_loss_with_the_changed_decay_beyond_4_T(corpus,
 
     monkeypatch.setattr(ev.changed_losses, "__defaults__", (2, 8))
     for measure, changes, unchanged in (
-        (ev.minus, lambda amount: lambda log_a: log_a - amount, 0),
-        (ev.times, lambda amount: lambda log_a: amount * log_a, 1),
+        (ev.decay_minus, lambda amount: lambda log_a: log_a - amount, 0),
+        (ev.decay_times, lambda amount: lambda log_a: amount * log_a, 1),
     ):
         measured = measure(model, corpus, 50, "echo")
-        text, echo = measured["panels"]["text"], measured["panels"]["echo"]
+        text, echo = measured["values"]["text"], measured["values"]["echo"]
         for amount, *got in zip(measured["x"], text, echo, strict=True):
             assert got == pytest.approx(losses(changes(amount)), abs=ROUNDING)
         assert measured["x"][0] == unchanged and len({*text}) == len(text) == 7  # every change tells
@@ -438,7 +438,9 @@ def test_a_retrained_run_is_measured_again(reproduced, toys):
         ev.main(["effrem", "--out", reproduced, "--device", "cpu"])
         changed = {f for f, when in modified(reproduced).items() if when != before[f]}
         assert changed == {str(measurement)}
-        assert json.loads(measurement.read_text())["measured"] != json.loads(kept[measurement])["measured"]
+        assert (
+            json.loads(measurement.read_text())["measurement"] != json.loads(kept[measurement])["measurement"]
+        )
     finally:
         for path, content in kept.items():
             path.write_bytes(content)
@@ -615,7 +617,7 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(reproduced, 
     assert heard == ["Ann met Bob. Mary went to the garden. Where is Mary? "] * 4
     with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
         assert list(json.load(f)["accuracy"].values()) == [0.5, 0.5]
-    not_babilong = 'qa3.json line 1 cannot be read as a JSON object with a "input, question, target"'
+    not_babilong = "qa3.json line 1 cannot be read as a JSON object with input, question, target"
     for bad, sentence in (
         ('[{"input": "x"}]', not_babilong),
         ("7", not_babilong),
@@ -655,16 +657,17 @@ def test_the_name_of_a_published_babilong_file_tells_its_task_whatever_its_folde
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["babilong", "--init", "RUN"], "babilong needs --data, published files"),
+        (["babilong", "--init", "RUN"], "babilong needs a T of at least 128, got 50"),
         (
             ["effrem", "--model", "gla"],
             r"no finished run of gla on echo, make it with: python eval.py reproduce",
         ),
         (["nonsense"], "unknown figure 'nonsense', expected reproduce, sample or poswise"),
-        (["effrem", "--data", "x"], "--data goes with --init RUN"),
+        (["effrem", "--data", "x"], "--data needs --init RUN"),
         (["--temperature", "nan"], "--temperature: must lie between 0 and 1000000.0, got nan"),
-        (["sample"], "--init RUN goes with one of poswise, babilong, sample, got 'sample'"),
-        (["effrem", "--init", "x"], "--init RUN goes with one of poswise, babilong, sample, got 'effrem'"),
+        (["sample"], "sample needs --init RUN"),
+        (["effrem", "--rows", "3"], "--rows needs --init RUN"),
+        (["effrem", "--init", "x"], "--init RUN goes with one of poswise, .* got 'effrem'"),
         (["--seeds", "0"], "--seeds: must lie between 1 and 100000000, got 0"),
         (["poswise", "--init", "nowhere"], "no checkpoint at 'nowhere'"),
     ],
@@ -685,10 +688,10 @@ DEEP = "[" * 10**5
     [
         ("results.json", lambda whole: whole[: len(whole) // 2]),
         ("results.json", lambda whole: DEEP),
-        ("state.json", lambda whole: whole[: len(whole) // 2]),
-        ("state.json", lambda whole: DEEP),
-        ("state.json", lambda whole: whole.replace("made_from", "made_by")),
-        ("state.json", lambda whole: "[1]"),
+        ("state_growth.json", lambda whole: whole[: len(whole) // 2]),
+        ("state_growth.json", lambda whole: DEEP),
+        ("state_growth.json", lambda whole: whole.replace("made_from", "made_by")),
+        ("state_growth.json", lambda whole: "[1]"),
     ],
 )
 def test_a_damaged_file_of_results_is_named_in_one_sentence_and_kept(reproduced, toys, name, spoil):
@@ -696,7 +699,7 @@ def test_a_damaged_file_of_results_is_named_in_one_sentence_and_kept(reproduced,
     whole = file.read_text()
     file.write_text(spoil(whole))
     try:
-        with pytest.raises(ValueError, match=f"{name} cannot be read as .*, remove it: ") as caught:
+        with pytest.raises(ValueError, match=f"{name} cannot be read as .*; remove the file to ") as caught:
             ev.main(["state", "--out", reproduced, "--device", "cpu"])
         assert "\n" not in str(caught.value)
         assert file.read_text() == spoil(whole)

@@ -237,7 +237,7 @@ def make_training_small(set_attribute):
     recipe = dict(steps=2, lr=1e-3, hold=0.0, batch=2, zero_prob=0.0)
     set_attribute(train, "RECIPES", dict.fromkeys(train.RECIPES, recipe))
     losses = dict(xlabel="position (T)", ylabel="loss", x=[1], panels={"text": [0.0]})
-    set_attribute(train, "measured", lambda *args: losses)  # and what a run ends with is left out
+    set_attribute(train, "load_or_measure", lambda *args: losses)  # and what a run ends with is left out
     set_attribute(train, "report", lambda *args: None)
 
 
@@ -307,7 +307,7 @@ def test_stopped_equals_not_stopped_bit_for_bit(small, monkeypatch, ladder):
     assert lg.load_checkpoint(f"b/{FOLDER}")["step"] == 3
     train.main(f"{RUN} --steps 6 --out b".split())
     a, b = (lg.load_checkpoint(f"{out}/{FOLDER}") for out in "ab")
-    for key in ("step", "model", "optimizer", "ranks"):  # ranks: text, states, statistics and noise
+    for key in ("step", "model", "optimizer", "carried"):  # carried: text, states, statistics and noise
         assert same(a[key], b[key]), key
     losses = [[line["loss"] for line in metrics(pathlib.Path(out, FOLDER))] for out in "ab"]
     assert losses[0] == losses[1] and len(losses[0]) == 6

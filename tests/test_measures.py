@@ -120,7 +120,7 @@ def test_position_wise_loss_is_the_mean_over_each_range_and_part(task_name, T, w
     """Each range and part against the uncut streams, target by target."""
     model, corpus = make_model(), make_corpus()
     got = lg.position_wise(model, task_name, corpus, T, 5, windows, seed=3)
-    function, _, parts = lg.TASKS[task_name]
+    function, _, parts, _ = lg.TASKS[task_name]
     tokens, part = lg.stream(function, lg.Rows(corpus, "val", 5, True, 3), T, windows)
     losses = plain_losses(model, tokens)
     ends = [1, 2, 3, 4, 5] if windows == 5 else [1]
@@ -143,7 +143,7 @@ def test_position_ranges_are_powers_of_two_and_the_steps_between_in_units_of_T()
 @pytest.mark.parametrize("task_name", ["text", "echo", "mixed"])
 def test_position_wise_ends_where_the_text_does(task_name):
     model, corpus, T = make_model(), make_corpus(200), 16
-    task, _, names = lg.TASKS[task_name]
+    task, _, names, _ = lg.TASKS[task_name]
     _, part = lg.stream(task, lg.Rows(corpus, "val", 5, True, seed=0), T, 64)
     windows = part.shape[1] // T
     got = lg.position_wise(model, task_name, corpus, T, 5, windows=64)
@@ -159,7 +159,7 @@ def test_a_range_without_targets_of_a_part_is_no_number_and_every_list_is_as_lon
         tokens, part = lg.echo(rows, T)
         return tokens, np.where(part == 2, 0, part)
 
-    monkeypatch.setitem(lg.TASKS, "echo", (no_echo, 16, ("text", "echo")))
+    monkeypatch.setitem(lg.TASKS, "echo", (no_echo, 16, ("text", "echo"), 0.0))
     got = lg.position_wise(make_model(), "echo", make_corpus(), 16, 1, windows=2)
     assert np.isfinite(got["text"]).all() and np.isnan(got["echo"]).all()
     assert len(got["x"]) == len(got["text"]) == len(got["echo"]) == 2
@@ -195,7 +195,7 @@ def test_prefill_generation_and_state_std_compute_logits_of_the_last_position_al
     model.lm_head.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     for measure, calls in (
         (lambda: lg.prefill(model, tokens), segments),
-        (lambda: list(lg.generate(model, tokens, 5)), segments + 5),
+        (lambda: list(lg.generate(model, tokens, 5)), segments + 4),
         (lambda: lg.state_std(model, tokens, [60, 149]), 3),
     ):
         shapes.clear()

@@ -261,7 +261,7 @@ def test_settings_that_make_no_model_are_named(settings, message):
 
 def test_heads_that_do_not_divide_the_width_are_named():
     for settings, message in (
-        (dict(layer="mamba2", d_model=8, headdim=5), "16 channels are no whole heads of 5"),
+        (dict(layer="mamba2", d_model=8, headdim=5), "16 channels do not divide into heads of 5"),
         (dict(layer="mamba2", d_model=8, headdim=4, ngroups=3), "4 heads do not share 3 groups evenly"),
         (dict(layer="gla", d_model=8, num_heads=3), "do not divide into 3 heads"),
     ):

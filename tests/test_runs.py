@@ -79,7 +79,7 @@ EDITS = {  # what is edited: (file, old, new)
     "echo": ("lengthgen", "n = T // 2 - 1\n", "n = T // 2 - 1 + 0\n"),
     "Rows": ("lengthgen", "torch.from_numpy(at + n - overlap)", "torch.from_numpy(at + n)"),
     "next_initial_state": ("lengthgen", "if zero_prob > 0:", "if zero_prob >= 0:"),
-    "masked_loss": ("lengthgen", "return F.cross_entropy(logits", "return 2 * F.cross_entropy(logits"),
+    "masked_loss": ("lengthgen", "    if share > 0:\n", "    if share > 1:\n"),
     "chunked_scan": ("kernels", "return o.to(out_dtype), S.", "return 2 * o.to(out_dtype), S."),
     "MIN_LOG_A": ("kernels", "MIN_LOG_A = -30.0", "MIN_LOG_A = -3.0"),
     "learning_rate": ("train", "warmup = max(1, steps // 10)", "warmup = max(1, steps // 5)"),
@@ -159,7 +159,9 @@ def test_a_base_made_anew_does_not_keep_its_old_cures(made, edited, tmp_path):
     checkpoint = torch.load(base / "checkpoint.pt", weights_only=True)
     checkpoint["model"]["norm_f.weight"] *= 1.5  # as if it had been trained elsewhere
     torch.save(checkpoint, base / "checkpoint.pt")
-    with pytest.raises(ValueError, match="state_passing-s0 holds a run made by another base"):
+    with pytest.raises(
+        ValueError, match="state_passing-s0 holds a run made by another set of initial weights"
+    ):
         run(train, tmp_path)
 
 
@@ -167,14 +169,14 @@ def test_a_file_that_is_edited_while_the_base_trains_does_not_change_what_is_rec
     shutil.copy(made / "text.txt", tmp_path)
     train, _ = edited()
     file = pathlib.Path(train.lg.__file__)
-    start = train.print_once
+    start = train.print_rank0
 
     def edit_when_training_starts(message):
         if "step     1/2" in message:
             file.write_text(file.read_text().replace(*EDITS["state_passing"][1:]))
         start(message)
 
-    train.print_once = edit_when_training_starts
+    train.print_rank0 = edit_when_training_starts
     run(train, tmp_path)
     train, _ = edited(EDITS["state_passing"])
     with pytest.raises(ValueError, match="state_passing-s0 holds a run made by another state_passing"):
@@ -270,7 +272,7 @@ def test_streams_are_as_long_as_the_held_out_text_and_say_so(task, edited, tmp_p
     (tmp_path / "text.txt").write_text("".join(chr(97 + i % 26) for i in range(1000)))  # 100 are held out
     run(train, tmp_path, line=f"--task {task} --T 16 --steps 1")
     folder = tmp_path / "runs" / f"mamba2-{task}-base-s0"
-    panels = json.loads((folder / "loss_by_position.json").read_text())["measured"]
+    panels = json.loads((folder / "loss_by_position.json").read_text())["measurement"]
     assert panels["x"][-1] == 4  # of the 4 T that are asked for
     capsys.readouterr()
     ev.main(["poswise", "--init", str(folder), "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path)])

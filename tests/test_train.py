@@ -74,15 +74,15 @@ class Stopped(Exception):
 def stop_after(monkeypatch, step, steps, save_every):
     """The next run dies after `step`, past the checkpoint at a multiple of save_every."""
     monkeypatch.setattr(train, "SAVE_EVERY", save_every)
-    print_once = train.print_once
+    print_rank0 = train.print_rank0
 
     def stopping(message):
         if message.startswith(f"  step {step:5}/{steps} "):
-            monkeypatch.setattr(train, "print_once", print_once)
+            monkeypatch.setattr(train, "print_rank0", print_rank0)
             raise Stopped
-        print_once(message)
+        print_rank0(message)
 
-    monkeypatch.setattr(train, "print_once", stopping)
+    monkeypatch.setattr(train, "print_rank0", stopping)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_the_state_that_the_next_step_starts_from_is_as_the_options_say(out):
     options = ["--intervention", "random_noise", "--batch", 100, "--carry", "scan"]
     run(*options, "--noise-std", 0.7, "--zero-prob", 0.4)
     saved = lg.load_checkpoint(out / "mamba2-echo-random_noise-scan-s0")
-    for conv, scan in saved["ranks"][0]["states"][0]:
+    for conv, scan in saved["carried"][0]["states"][0]:
         zeroed = (scan.flatten(1) == 0).all(1)
         assert abs(zeroed.double().mean() - 0.4) < 5 * math.sqrt(0.4 * 0.6 / 100)
         n = scan[~zeroed].numel()
@@ -245,10 +245,10 @@ def test_twenty_steps_are_ten_and_a_stop_and_ten_bit_for_bit(name, out, monkeypa
         f.write('{"step": 16, "lo')  # the power went in the middle of a line
     run(*options, "--out", out / "b", steps=20)
     a, b = (lg.load_checkpoint(out / x / folder) for x in "ab")
-    for key in ("config", "step", "model", "optimizer", "ranks"):
+    for key in ("config", "step", "model", "optimizer", "carried"):
         assert same(a[key], b[key]), key
     # two batches a step for the intervention that uses statistics, none for the others
-    assert a["step"] == 20 and a["ranks"][0]["stats"]["count"] == (40 if name == "fitted_noise" else 0)
+    assert a["step"] == 20 and a["carried"][0]["stats"]["count"] == (40 if name == "fitted_noise" else 0)
     losses = [[line["loss"] for line in metrics(out / x / folder)] for x in "ab"]
     assert losses[0] == losses[1] and len(losses[0]) == 20
     seconds = [line["seconds"] for line in metrics(out / "b" / folder)]
@@ -283,9 +283,9 @@ def test_a_finished_run_is_found_and_not_repeated(out, monkeypatch, capsys):
         (lambda c: c["optimizer"]["state"][0]["exp_avg_sq"].fill_(math.inf), "exp_avg_sq of .* is damaged"),
         (lambda c: c.update(step=0), "it claims to be at step 0"),
         (lambda c: c.update(step=10**7), "it claims to be at step 10000000"),
-        (lambda c: c.update(ranks=[]), "IndexError"),
-        (lambda c: c["ranks"][0].update(stats=5), "TypeError"),
-        (lambda c: c["ranks"][0]["rows"].append(c["ranks"][0]["rows"][0]), "zip"),
+        (lambda c: c.update(carried=[]), "IndexError"),
+        (lambda c: c["carried"][0].update(stats=5), "TypeError"),
+        (lambda c: c["carried"][0]["rows"].append(c["carried"][0]["rows"][0]), "zip"),
     ],
 )
 def test_a_damaged_checkpoint_is_not_gone_on_from(spoil, message, out, monkeypatch):
@@ -307,7 +307,7 @@ def test_another_run_in_the_folder_is_not_written_over(out, monkeypatch):
     stop_after(monkeypatch, 3, 3, save_every=2)
     with pytest.raises(Stopped):
         run("--intervention", "zero")
-    run("--intervention", "tbtt")  # which measures again what was measured with another print_once
+    run("--intervention", "tbtt")  # which measures again what was measured with another print_rank0
     before = snapshot(out)
     for options, steps, message in (
         (["--intervention", "tbtt"], 4, "tbtt-s0 holds a run with steps 3, not 4: remove the folder"),
@@ -526,11 +526,11 @@ def test_two_ranks_train_on_the_mean_of_their_gradients_share_statistics_and_go_
 
     # each rank carries its own rows and states; the statistics are common
     a, b = (lg.load_checkpoint(f"{x}/mamba2-text-fitted_noise-s0") for x in "ab")
-    first, second = a["ranks"]
+    first, second = a["carried"]
     assert same(first["stats"], second["stats"])
     assert not same(first["rows"], second["rows"]) and not same(first["states"], second["states"])
     # and a stop changes no bit
-    for key in ("step", "model", "optimizer", "ranks"):
+    for key in ("step", "model", "optimizer", "carried"):
         assert same(a[key], b[key]), key
 
     # one rank cannot go on with the run of two
