@@ -185,17 +185,18 @@ def exact_match(model, tokens, asked):
     return float((~wrong.any(1)).double().mean())
 
 
-# Which runs a figure compares, as {label in the figure: run}. A run "T26/base" lies under {out}/T26. Every
-# intervention that is added to lengthgen.py is compared with the others.
+# Which runs a figure compares, as {label in the figure: run}. A run "T26/base" lies under {out}/T26.
+# Interventions that are added to lengthgen.py are compared with the others on echo and on plain text.
 ADDED = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
 PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
 MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
 ALL = {run: run for run in [*train.STYLES, *ADDED]}
 ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
+COPIES = {run: run for run in ["base", "zero", "state_passing"]}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
-FIGURES = {  # name: (title, experiment of PLAN below, what is drawn: (measure, task of the runs, the runs))
+FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, task of the runs, runs), ...])
     "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
     "interventions": (
         "The interventions on the initial state",
@@ -214,7 +215,7 @@ FIGURES = {  # name: (title, experiment of PLAN below, what is drawn: (measure, 
         [(retention, "echo", PAIR), (decay_minus, "echo", PAIR), (decay_times, "echo", PAIR)],
     ),
     "effrem": ("Effective remembrance at 4 T", "echo", [(effrem, "echo", MAIN)]),
-    "copying": ("Copying random letters", "copy", [(copy_accuracy, "copy", MAIN)]),
+    "copying": ("Copying random letters", "copy", [(copy_accuracy, "copy", COPIES)]),
     "passkey": ("A passkey after fine-tuning", "passkey", [(passkey_accuracy, "passkey", ALL_BUT_SCAN)]),
     "babilong": ("BABILong after fine-tuning", "babilong", [(babilong_accuracy, "babilong", STARTS)]),
     "sweep": (
@@ -236,9 +237,9 @@ def draw_figure(name, args, corpus, device):
 
     Raises MissingRuns if there is no run for it.
     """
-    title, _, blocks = FIGURES[name]
+    title, _, measures = FIGURES[name]
     panels = []
-    for measure, task, runs in blocks:
+    for measure, task, runs in measures:
         # {label: measurements, one for each seed that is there}
         found = {}
         for label, run in runs.items():
@@ -298,8 +299,8 @@ def measure_run(folder, measure, corpus, device):
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
-# command_lines fills in {out}, {model} and {seed}, and for {echo} {out}/{model}-echo, so that
-# {echo}-base-s{seed} is the folder of a run on echo.
+# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. So {echo}-base-s{seed}
+# is the folder of a base on echo.
 
 # only 1000 steps, because a base that is trained for longer learns by itself to forget the previous string
 COPY_BASE = "--task copy --T 44 --steps 1000"
@@ -322,7 +323,7 @@ PLAN = {
         BABILONG + "--init {echo}-state_passing-s{seed} --out {out}/from-sp",
         BABILONG + "--init {echo}-tbtt-s{seed} --out {out}/from-tbtt",
     ],
-    "sweep": [  # batch * T is about 3200 tokens in all
+    "sweep": [  # in every run batch * T is about 3200 tokens
         "--task echo",
         "--task echo --steps 200 --out {out}/steps200",
         "--task echo --steps 400 --out {out}/steps400",
@@ -337,7 +338,8 @@ def reproduce(figures, args):
     lines = []
     for name in figures:
         for seed in range(args.seeds):
-            lines += command_lines(FIGURES[name][1], args, seed)
+            _, experiment, _ = FIGURES[name]
+            lines += command_lines(experiment, args, seed)
     lines = list(dict.fromkeys(lines))  # each once
     started = time.time()
     for i, line in enumerate(lines, 1):
@@ -379,7 +381,7 @@ def measure_given(args, model, settings, tokenizer):
         train.report({name: measurement}, f"{path}.png", f"{args.init} on {task}, T = {T} tokens")
     else:
         measure = {"passkey": passkey_accuracy, "babilong": babilong_accuracy}[what]
-        lengths = [2**i for i in range(args.windows.bit_length())]
+        lengths = [2**i for i in range(args.windows.bit_length())]  # 1, 2, 4, ... up to windows
         measurement = measure(model, corpus, T, what, args.rows or 32, lengths)
         panels = train.panels_of({name: [measurement]})
         train.print_table(panels)
@@ -389,7 +391,7 @@ def measure_given(args, model, settings, tokenizer):
 
 
 def given_babilong(args, model, settings, tokenizer):
-    """Accuracy of one checkpoint: on published files, with qa1 to qa5 in their names, else on our own stories.
+    """Accuracy of one checkpoint on published files, with qa1 to qa5 in their names, else on our own stories.
 
     --data: the published files, or the background of our stories
     --prompt: a file of solved examples that comes before each published text (few shot)
@@ -453,7 +455,7 @@ def parse_arguments(argv):
     p.add_argument("--data", nargs="+", metavar="PATH", help="with --init: text, or published BABILong files")
     p.add_argument("--tokenizer", help="with --init: as in train.py (that of its run)")
     p.add_argument("--windows", type=train.positive_type, help="with --init: longest stream, in T (64)")
-    p.add_argument("--rows", type=train.positive_type, help="with --init: how many of them")
+    p.add_argument("--rows", type=train.positive_type, help="with --init: how many streams, texts or stories")
     p.add_argument("--prompt", help="sample: what comes first; babilong: a file of solved examples")
     p.add_argument("--tokens", type=train.positive_type, default=400, help="sample: how many to write")
     p.add_argument(
@@ -509,9 +511,9 @@ def main(argv=None):
 
 
 # fill the cache of train.read_source before the file can change
-for _, _, blocks in FIGURES.values():
-    for measure, _, _ in blocks:
-        train.sources(measure, modules=("kernels", "lengthgen", measure.__module__))
+for _, _, measures in FIGURES.values():
+    for measure, _, _ in measures:
+        train.sources(measure, modules=("kernels", "lengthgen", "train", measure.__module__))
 
 if __name__ == "__main__":
     train.run_command(main)

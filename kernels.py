@@ -228,7 +228,7 @@ class TritonScan(torch.autograd.Function):
         # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x. The
         # last chunk is filled up with zeros for its sum
         chunk, *_ = tile
-        B, T, H, N = log_a.shape
+        B, T, H, N = log_a.shape  # N is 1 or K
         b = torch.cat([log_a * math.log2(math.e), log_a.new_zeros(B, (-T) % chunk, H, N)], 1)
         b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -243,7 +243,7 @@ class TritonScan(torch.autograd.Function):
         q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
         decay_of, decay_of_mT = ("head", "head") if b.shape[3] == 1 else ("key", "value")
-        # q_dq is q * dq, k_dk is k * dk and before_T is S_T, all three without what the last paragraph says
+        # q_dq is q * dq, k_dk is k * dk, before_T is S_T transposed; what they leave out is explained below
         dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_mT, x=q)
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_mT, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
@@ -251,9 +251,9 @@ class TritonScan(torch.autograd.Function):
         # log a_t scales what steps s < t have written where steps u >= t, or R_T after them, read it. These
         # are all reads from step t on, less the reads of what was written from step t on:
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
-        # Two terms are in the plus and in the minus: a step that reads what it writes itself, and R_T that
-        # reads what step T writes. They would cancel but for rounding errors. So the kernel leaves both out
-        # of q_dq and before_T and the first out of k_dk, and here k_dk loses the second
+        # Two terms stand on both sides of the minus: (1) a step reads what it writes itself, (2) R_T reads
+        # what step T writes. They would cancel but for rounding. So the kernel leaves (1) out of q_dq and
+        # k_dk, and (2) out of before_T; the next line takes (2) out of k_dk
         k_dk[:, -1] = 0
         last = (before_T * dfinal.mT).sum(2)[:, None]  # (B, 1, H, K)
         if decay_of == "head":
@@ -336,8 +336,8 @@ def choose_tile(q, v, per_channel):
 def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     """Run one role of the table in TritonScan; K and V are those of the role, swapped in dq and dk.
 
-    x: q in role dq, k in role dk, else None. Returns o, the final state and, where x is given, x times the
-    part of o that earlier steps have written; with one decay per head summed over V.
+    x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * o without
+    s = t, which is summed over V if there is one decay per head.
     """
     T = v.shape[1]
     B, H, K, V = state.shape
@@ -388,8 +388,8 @@ if triton is not None:
 
         If x is given, x_o gets x * o without s = t. All matmuls are "ieee": float32 stays float32, not TF32.
         """
-        # Which row of the batch, head and columns are this program's. The grid has one axis, because the
-        # others stop at 65535 on a GPU; int64, because offsets into large tensors pass 2^31
+        # Which row of the batch, head and columns are this program's. The grid has one axis, because a GPU
+        # limits a second and a third one to 65535. pid is int64, because offsets in large tensors pass 2^31
         BLOCKS: tl.constexpr = V // BLOCK
         in_dtype: tl.constexpr = q.dtype.element_ty  # what the matmuls take; they add in float32
         pid = tl.program_id(0).to(tl.int64)
@@ -436,25 +436,26 @@ if triton is not None:
                 y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
                 y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
             elif DECAY_OF == "key":
-                # as in decayed_scores: to_mid is the decay of a step to its midpoint, or from there
+                # as in decayed_scores: to_mid is the decay between a step and the midpoint of its piece, and
+                # `across` says which s and t are in different halves
                 scores = tl.zeros((L, L), tl.float32)
                 qk_same = tl.sum(q_c.to(tl.float32) * k_c, 1, keep_dims=True)
                 for level in tl.static_range(LEVELS):
-                    to_mid, parted = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
+                    to_mid, across = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
                     q_mid = (q_c * to_mid).to(in_dtype)
                     k_mid = (k_c * to_mid).to(in_dtype)
                     level_scores = tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee")
-                    scores += tl.where(parted, level_scores, 0.0)
+                    scores += tl.where(across, level_scores, 0.0)
                 y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
                 y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
             else:
-                # a decay per column: to_mid takes v to the midpoint, and what is read on from there
+                # a decay per column: v decays to the midpoint, and the sum over s from there to step t
                 scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
                 qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
                 y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
                 for level in tl.static_range(LEVELS):
-                    to_mid, parted = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
-                    level_scores = tl.where(parted, scores, 0.0).to(in_dtype)
+                    to_mid, across = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
+                    level_scores = tl.where(across, scores, 0.0).to(in_dtype)
                     v_mid = (v_c * to_mid).to(in_dtype)
                     y += tl.dot(level_scores, v_mid, input_precision="ieee") * to_mid
 

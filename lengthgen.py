@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import kernels
-from kernels import scan  # by its own name, so that changed_decay can replace it
+from kernels import scan  # a global of this file, which changed_decay in section 6 replaces for a while
 
 # ---- 1. Configuration and state ----
 
@@ -51,7 +51,7 @@ OFFICIAL_DEFAULTS = {
 
 @dataclass
 class ModelConfig:
-    """The sizes of a model, by the names of the official code. None takes the layer's OFFICIAL_DEFAULTS."""
+    """The sizes of a model, named as in mamba_ssm and flash-linear-attention. None takes the default above."""
 
     layer: str = "mamba2"  # "mamba2", "gla" or "mamba1"
     vocab_size: int = 50277  # C
@@ -149,7 +149,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.H))
-        self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)  # its weight and eps; forward norms by group
+        self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)  # only its weight and eps are used
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
 
     def zero_state(self, B):
@@ -295,7 +295,7 @@ class Mamba1(nn.Module):
 
         # step size, key and query all depend on the output of the convolution
         dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
-        # not dt_proj(dt): a float32 bias added outside of F.linear keeps softplus in float32 under autocast
+        # dt_proj(dt), but in float32 from the bias on, where dt_proj would return bfloat16 under autocast
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)  # (B, T, H)
         v = (dt * x).to(x.dtype)  # (B, T, H)
         log_a = -dt[..., None] * self.A_log.exp()  # (B, T, H, K)
@@ -425,7 +425,7 @@ class LanguageModel(nn.Module):
 
 
 def zero(state, stats, rng):
-    """Start from zeros: ordinary training. With as many steps as an intervention this is its control."""
+    """Start from zeros: ordinary training, the control of an intervention with as many steps."""
     return map_state(torch.zeros_like, state)
 
 
@@ -465,7 +465,7 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
     """The initial state of the next batch, made by an intervention from the final state of the previous one.
 
     function, state, stats, rng: the intervention and its arguments, as above
-    zero_prob: each row starts from zeros instead with this probability, so that the model still works so
+    zero_prob: the probability that a row starts from zeros instead, so that the model still works from zeros
     carry: "full" hands over the convolution's inputs and the scan's state; "scan" hands over the scan's state
         alone, as the pseudocode of the paper does
     """
@@ -476,8 +476,8 @@ def next_initial_state(function, state, stats, rng, zero_prob=0.0, carry="full")
 
     # without its inputs the convolution starts from zeros
     if carry == "scan":
-        no_inputs = map_state(torch.zeros_like, state)
-        state = [LayerState(none.conv, layer.scan) for none, layer in zip(no_inputs, state, strict=True)]
+        zeros = map_state(torch.zeros_like, state)
+        state = [LayerState(z.conv, layer.scan) for z, layer in zip(zeros, state, strict=True)]
 
     # some rows start from zeros all the same, in all layers
     if zero_prob > 0:
@@ -653,8 +653,8 @@ def copy(rows, T, shortest=5, longest=20):
     target   x  k  c  q  h  |  x  k  c  q  h  .  $  ...
     part     0  0  0  0  0  0  1  1  1  1  1  2  0  ...    1 copy, 2 stop (trained on, not in the accuracy)
 
-    In bytes. Every window starts with a new string, so only the state goes on from one window to the next. A
-    string that the end of the window cuts off is not trained on, as in the code of Jelassi et al.
+    The tokens are bytes. Every window starts with a new string, so only the state goes on from one window to
+    the next. A string that the end of the window cuts off is not trained on, as in the code of Jelassi et al.
     """
     if rows.corpus.words != 256:
         raise ValueError(f"copy is in bytes, not in {rows.corpus.words} words: use --tokenizer bytes")
@@ -671,6 +671,7 @@ def copy(rows, T, shortest=5, longest=20):
             stop = start + len(string)
             tokens[b, start : min(stop, T)] = string[: T - start]
             if stop <= T:
+                # part i is that of token i + 1: of the letters behind |, then of the stop
                 part[b, start + n + 1 : stop - 1] = [1] * n + [2]
             start = stop
     return tokens, part
@@ -693,15 +694,16 @@ def passkey(rows, T, depth=None):
     """
     tokens, part = empty_windows(rows, T)
     encode = rows.corpus.encode
-    filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens, one a word at least
+    filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # > T tokens: a word has at least one
     for b in range(rows.B):
-        # the key; `told` ends with its second mention, from told[told_at] on; `asked` ends with the answer
+        # told: the key and, from told[told_at] on, its repetition; asked: the question and, from asked_at on,
+        # the answer
         key = f"{int(torch.randint(10**5, (), generator=rows.rng)):05}"
         told, told_at = encode_answer(rows.corpus, f"The pass key is {key}. Remember it.", key)
         asked, asked_at = encode_answer(rows.corpus, "What is the pass key? The pass key is", key)
         rest = list(encode(" is the pass key. "))
 
-        # the filler fills the window; its place is drawn in any case, so that depth changes no key
+        # the filler fills the window; `before` is drawn even if depth is given, so that the keys are the same
         n = T - 1 - len(told) - len(rest) - len(asked)  # tokens of filler
         if n < 0:
             raise ValueError(f"passkey needs a T of at least {T - n}, got {T}")
@@ -807,12 +809,13 @@ def stream(task, rows, T, windows):
         at = rows.at
         batch = task(rows, T)
         if at is not None:  # the task reads text
-            advanced += (rows.at - at - 1) % N + 1  # 1 to N, because a row may go on at the text's beginning
+            # how far the row has moved, modulo N; a whole turn counts as N, not as 0
+            advanced += (rows.at - at - 1) % N + 1
             if advanced.max() > N - T:
                 break
         batches.append(batch)
 
-    # in mixed the next window may not begin with the last target of a window: then this target is left out
+    # in mixed a window may begin with another token than the last target of the one before, which is left out
     for (tokens, part), (following, _) in itertools.pairwise(batches):
         part[:, -1] *= tokens[:, -1] == following[:, 0]
 
@@ -846,14 +849,14 @@ def read_stream(model, tokens, segment, state=None):
     assert segment >= 1, f"segment must be positive, got {segment}"
     device = model.lm_head.weight.device
     for start in range(0, tokens.shape[1] - 1, segment):
-        window = np.asarray(tokens[:, start : start + segment + 1], dtype=np.int64)
-        window = torch.from_numpy(window).to(device)
-        logits, state = model(window[:, :-1], state)
-        yield start, logits.to(torch.promote_types(logits.dtype, torch.float32)), window[:, 1:]
+        piece = np.asarray(tokens[:, start : start + segment + 1], dtype=np.int64)
+        piece = torch.from_numpy(piece).to(device)
+        logits, state = model(piece[:, :-1], state)
+        yield start, logits.to(torch.promote_types(logits.dtype, torch.float32)), piece[:, 1:]
 
 
 def segment_for(B):
-    """A segment of which B rows have about 12800 tokens; much more does not fit into the caches of a CPU."""
+    """The segment with which B rows have about 12800 tokens; many more do not fit into a CPU's caches."""
     return max(1, 12800 // B)
 
 
@@ -885,10 +888,10 @@ def streaming_loss(model, tokens, bins, segment=1024, state=None, progress=None)
 def position_wise(model, task_name, corpus, T, B, windows=64, seed=0, progress=None):
     """Loss by position on B streams of validation text from a zero state (the paper's figure 1).
 
-    Returns a dictionary of lists with an entry for each range of positions: "x", where it ends in multiples
-    of T, and by the name of each part its mean loss in nats, NaN where it has no targets. The ranges end at
-    1, 2, 3, 4, 6, 8, 12, ... times T, for plain text also at 1/8, 1/4 and 1/2. The streams are shorter than
-    `windows` T where the text is too short (see stream).
+    Returns a dictionary of lists with an entry for each range of positions: "x", the ends of the ranges in
+    multiples of T, and under the name of each part the mean losses in nats, NaN for a range without targets.
+    The ranges end at 1, 2, 3, 4, 6, 8, 12, ... times T, for plain text also at 1/8, 1/4 and 1/2. The streams
+    are shorter than `windows` T if the text is too short (see stream).
     """
     task, _, parts, _ = TASKS[task_name]
     tokens, part = stream(task, Rows(corpus, "val", B, continues=True, seed=seed), T, windows)
@@ -929,8 +932,8 @@ def paired_gap(model, tokens, T):
     whole, count = streaming_loss(model, tokens, block, segment_for(B))
     short = torch.zeros_like(whole)
     for i in range(N // T):
-        window = tokens[:, i * T : (i + 1) * T + 1]
-        total, _ = streaming_loss(model, window, block[:T], segment=T)  # of the one bin 0
+        piece = tokens[:, i * T : (i + 1) * T + 1]
+        total, _ = streaming_loss(model, piece, block[:T], segment=T)  # in one bin, as block[:T] is -1 or 0
         short[i] = total[0]
     return (whole - short) / count
 
@@ -954,8 +957,8 @@ def accuracy(model, tokens, part):
 @torch.no_grad()
 def prefill(model, tokens, state=None):
     """Read tokens (B, T) in constant memory. Returns the logits (B, C) after the last one, and the state."""
-    for window in torch.as_tensor(tokens).split(segment_for(len(tokens)), dim=1):
-        logits, state = model(window.to(model.lm_head.weight.device), state, last_only=True)
+    for piece in torch.as_tensor(tokens).split(segment_for(len(tokens)), dim=1):
+        logits, state = model(piece.to(model.lm_head.weight.device), state, last_only=True)
     return logits[:, -1], state
 
 
@@ -1083,12 +1086,12 @@ def reading(file, what):
 
 
 class Tokenizer(NamedTuple):
-    """How text becomes tokens. special: the ids (bos, sep); () stands for two new ones, words and words + 1.
+    """How text becomes tokens. special: the ids (bos, sep); if empty, bos is words and sep is words + 1.
 
     Special tokens that a text spells out, like "<|endoftext|>", are encoded as plain characters.
     """
 
-    words: int  # the size of the vocabulary
+    words: int  # how many there are; bos and sep may come on top
     special: tuple
     encode: Callable  # text -> ids
     decode: Callable  # a list of ids -> text
@@ -1173,7 +1176,7 @@ class Corpus:
         return crc
 
 
-# From this many documents on, about every twentieth is held out; of fewer, the last tenth of each
+# With this many documents or more about one in twenty is held out; with fewer, the last tenth of each
 MANY_DOCUMENTS = 200
 
 
@@ -1183,8 +1186,7 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     paths: None for the Python standard library of this machine, else files, folders or globs: text, .jsonl
         with a "text" field, or nanoGPT's token files, train.bin and val.bin or one .bin of uint16
     tokenizer: a name for load_tokenizer; a .bin is tokenized already and takes only the vocabulary from it
-    vocab_size: the vocabulary of a .bin where tokenizer is "bytes", which then means unknown; None: its
-        highest token + 1
+    vocab_size: that of a .bin whose tokenizer is not named (left at "bytes"); None: the highest token + 1
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -1202,7 +1204,7 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {source}")
 
-    # the pieces of both splits, each document after a bos; an empty piece first, because one may get no other
+    # the pieces of both splits, each document after a bos; an empty one first, for a split that gets no other
     name = f"{len(documents)} documents of {source}"
     corpus = Corpus(name, None, None, **load_tokenizer(tokenizer)._asdict())
     dtype = np.uint16 if corpus.vocab_size <= 2**16 else np.uint32
@@ -1242,7 +1244,7 @@ def load_bins(files, tokenizer, vocab_size):
         cut = len(tokens) - len(tokens) // 10
         splits = [tokens[:cut], tokens[cut:]]
 
-    # the vocabulary; for an unknown tokenizer bos is 50256, GPT-2's end of text, or the last word of fewer
+    # the vocabulary; if the tokenizer is unknown, bos is GPT-2's 50256, or the last token if there are fewer
     highest = max(int(tokens.max(initial=0)) for tokens in splits)
     if tokenizer in KNOWN:
         words, special = KNOWN[tokenizer]
@@ -1272,7 +1274,7 @@ def list_files(paths):
     for path in map(os.fspath, paths or [sysconfig.get_paths()["stdlib"]]):
         if os.path.isdir(path):
             with reading(path, "a folder of text"):
-                os.listdir(path)  # glob takes a folder that cannot be read for an empty one
+                os.listdir(path)  # an error if it cannot be read, where glob would only find nothing
             root, pattern = path, os.path.join(glob.escape(path), "**", "*")
         elif os.path.isfile(path):
             root, pattern = os.path.dirname(path), glob.escape(path)
@@ -1358,8 +1360,8 @@ TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # all of those above
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
 FLA += ("expand_k", "expand_v", "hidden_ratio")
 
-# the checkpoint's model_type, or the layer in its ssm_cfg: (our layer, names of settings at the top of
-# config.json, names of settings in its ssm_cfg, our fields where a setting is missing)
+# kind of checkpoint (mamba_ssm: "layer" in ssm_cfg; others: model_type): (our layer, its settings in
+# config.json, those in its ssm_cfg, our fields where a setting is missing)
 PADDED = dict(pad_vocab_size_multiple=8)  # as mamba_ssm does
 UNPADDED = dict(pad_vocab_size_multiple=1)  # the vocab_size of transformers includes the padding
 KINDS = {
@@ -1370,7 +1372,8 @@ KINDS = {
     "gla": ("gla", FLA, (), {}),
 }
 
-# settings that change the formulas: only these values are what we compute; a missing one counts as the first
+# settings that change the formulas. REQUIRED has the values that we compute; a missing setting counts as the
+# first of them
 ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
 OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
 NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")

@@ -2,8 +2,8 @@
 
     python train.py --intervention state_passing
 
-is the main job: it pre-trains a tiny base model on the task echo if there is none, which fails past its
-training length T. It post-trains the base with the intervention, and ends with a table, a verdict and a
+is the main job: it pre-trains a tiny base model on the task echo, unless there is one. This base fails past
+its training length T. It post-trains the base with the intervention, and ends with a table, a verdict and a
 picture of the loss by position, before and after. Without --intervention it makes the base alone.
 `--intervention zero` is the control, the same extra steps without a cure. Every run is one folder with
 checkpoint.pt, metrics.jsonl and what was measured of it. A run that was stopped goes on from its last
@@ -54,15 +54,15 @@ RECIPES = {
         steps=1840, lr=5e-3, hold=0.85, batch=64, zero_prob=0.0
     ),  # else it hardly fails past T
     "cure": dict(steps=500, lr=1e-3, hold=0.0, batch=64, zero_prob=0.5),
-    # the paper's steps; LARGE_LR and LARGE_TOKENS say the rest; its zero_prob is presumed
+    # the paper's steps; its zero_prob is our guess; for lr and accumulate see LARGE_LR and LARGE_TOKENS
     "cure of a large model": dict(steps=500, lr=None, hold=0.0, batch=8, zero_prob=0.1),
 }
 DEFAULTS = dict(accumulate=1, intervention="zero", carry="full", noise_std=1.0)  # of every recipe
 LARGE = 50e6  # a model with more parameters is large
-# {up to so many parameters: peak}: a tenth of the peak in pre-training, as the paper has it
+# {largest number of parameters: learning rate}, a tenth of that in pre-training, as in the paper
 LARGE_LR = {2e8: 6e-5, 5e8: 3e-5, 1e9: 2.5e-5, 2e9: 2e-5, math.inf: 1.6e-5}
-LARGE_TOKENS = 2**19  # of a step: micro-batches are accumulated up to this
-# from the paper, up to CLIP
+LARGE_TOKENS = 2**19  # of a step: as many micro-batches are accumulated
+# the next four are the paper's
 FINAL_LR = 1e-5
 WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.95)
@@ -95,7 +95,7 @@ def between(kind, lowest, highest):
 positive_type = between(int, 1, 10**8)
 seed_type = between(int, 0, 2**32 - 1)
 share_type = between(float, 0, 1)
-rate_type = between(float, 1e-30, 1e38)  # as float32 holds
+rate_type = between(float, 1e-30, 1e38)  # in the range of float32
 not_negative_type = between(float, 0, 1e6)
 
 SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings that a base and its cures have in common
@@ -103,7 +103,7 @@ OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch"
 
 
 def parse_arguments(argv):
-    """The arguments; in brackets of the help, the defaults of a base, of a cure and of large models."""
+    """The arguments. The help has the defaults of bases, cures and large models in brackets."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--intervention", choices=lg.INTERVENTIONS, help="the cure (none: train the base alone)")
     p.add_argument("--model", choices=TINY_MODELS, help="architecture of a new base (mamba2)")
@@ -192,6 +192,8 @@ def tell_scan(model):
     layer, device = model.layers[0].mixer, model.lm_head.weight.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in training
     backend, reason = kernels.choose_backend(device, dtype, layer.K, layer.V)
+    if model.config.backend:
+        backend, reason = model.config.backend, "asked for"
     print_once(f"scan: {backend}, {reason}")
 
 
@@ -270,7 +272,7 @@ def to_plain(state):
 
 
 def from_plain(saved, device):
-    """The state, or None, that to_plain has made plain, on a device."""
+    """Undo to_plain: the state, or None, on a device."""
     if saved is None:
         return None
     return lg.map_state(lambda x: x.to(device), [lg.LayerState(*layer) for layer in saved])
@@ -368,7 +370,7 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
             saved_step = step
         if stopped:
             print_rank0(f"stopped after step {step}: the same command goes on from there")
-            # as shells report a signal; SIGTERM stands for one that another rank got
+            # 128 + signal, as shells report it; SIGTERM if only another rank got a signal
             sys.exit(128 + max(signals, default=signal.SIGTERM))
 
 
@@ -449,7 +451,7 @@ def load_run(folder, run, model, optimizer, carried):
 
 # not compared: names of things that have a checksum, and settings and constants that change no result
 NOT_COMPARED = ("tokenizer", "data", "init", "backend", "recompute", "RANK", "INTERPRETED", "SAVE_EVERY")
-START = "set of initial weights"
+START = "set of initial weights"  # the name of their checksum
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 # the code of all runs, and of all models; a run also has that of its task, intervention and layer
@@ -495,7 +497,7 @@ def checksum(model):
 def sources(*roots, modules=("kernels", "lengthgen")):
     """{name: checksum} of the source of functions and classes, and of what they use, directly or not.
 
-    That is every function, class and constant of the given modules.
+    Of what they use, it follows the functions, classes and constants of the given modules.
     """
     found = {}
     waiting = list(roots)
@@ -518,10 +520,10 @@ def sources(*roots, modules=("kernels", "lengthgen")):
                 value = getattr(value, attribute, None)
             value = getattr(value, "fn", value)  # the function of a Triton kernel
             is_code = inspect.isfunction(value) or inspect.isclass(value)
-            is_tuple_of_functions = hasattr(value, "_fields")  # a Tokenizer
+            is_namedtuple = hasattr(value, "_fields")  # a Tokenizer, whose repr has addresses in it
             if is_code and value.__module__ in modules:
                 waiting.append(value)
-            elif isinstance(value, (int, float, str, tuple)) and not is_tuple_of_functions:
+            elif isinstance(value, (int, float, str, tuple)) and not is_namedtuple:
                 found[name] = zlib.crc32(repr(value).encode())
     return found
 
@@ -558,7 +560,7 @@ def load_or_measure(folder, measure, model, corpus, T, task):
     if RANK > 0:
         return None
     task_function = lg.TASKS[task][0]
-    modules = ("kernels", "lengthgen", measure.__module__)
+    modules = ("kernels", "lengthgen", "train", measure.__module__)
     made_from = sources(measure, task_function, *MODEL, lg.LAYERS[model.config.layer], modules=modules)
     made_from.update(weights=checksum(model), text=corpus.checksum, T=T, task=task)
     file = Path(folder, f"{measure.__name__}.json")
@@ -579,7 +581,7 @@ def load_or_measure(folder, measure, model, corpus, T, task):
 def loss_by_position(model, corpus, T, task, B=None, windows=64):
     """The loss by position of B streams, each at most windows * T tokens long.
 
-    B None: so many that the first T tokens of all are about 12800, but between 16 and 256
+    B None: 12800 / T of them, but at least 16 and at most 256
     """
     if B is None:
         B = max(16, min(256, 12800 // T))
@@ -754,7 +756,7 @@ def fill_in(args, init):
         layer = init["config"]["layer"]
         if args.model not in (None, layer):
             raise ValueError(f"{args.init} is a {layer}, no {args.model}: leave --model out")
-        args.model = init["settings"]["model"]  # a layer or a name, for the folders of runs
+        args.model = init["settings"]["model"]  # the name of a checkpoint, only for the folders of runs now
         args.task = args.task or init["settings"]["task"]
         args.T = args.T or init["settings"]["T"]
         if args.tokenizer is None:
@@ -864,9 +866,10 @@ def main(argv=None):
 
 def train_and_measure(args, settings, model, corpus, folder, device):
     """Train the model unless the folder holds the finished run. Returns its losses by position."""
-    with alone_in(folder), catch_signals() as signals:
-        train(model, corpus, settings, folder, device, signals, args.compile)
-    return load_or_measure(folder, loss_by_position, model, corpus, args.T, args.task)
+    with alone_in(folder):
+        with catch_signals() as signals:
+            train(model, corpus, settings, folder, device, signals, args.compile)
+        return load_or_measure(folder, loss_by_position, model, corpus, args.T, args.task)
 
 
 def run_command(main):

@@ -684,6 +684,12 @@ def test_official_sizes_are_post_trained_as_in_the_paper(tmp_path, monkeypatch):
     assert lg.load_checkpoint("mamba2-130m")["settings"]["T"] == 2048
 
 
+def test_the_learning_rate_of_official_sizes_is_a_tenth_of_the_peak_of_their_pre_training():
+    parameters = (129e6, 368e6, 780e6, 1.34e9, 2.7e9)  # 130m to 2.7b
+    rates = [next(lr for up_to, lr in train.LARGE_LR.items() if size <= up_to) for size in parameters]
+    assert rates == [6e-5, 3e-5, 2.5e-5, 2e-5, 1.6e-5]
+
+
 def test_what_is_read_is_a_copy(tmp_path):
     """Training what was loaded, or replacing the file, leaves the other untouched."""
     save_gla(tmp_path)

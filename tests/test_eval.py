@@ -614,7 +614,15 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(reproduced, 
     run, out = os.path.join(reproduced, "mamba2-echo-base-s0"), str(tmp_path / "out")
     options = ["--out", out, "--device", "cpu", "--data"]
     ev.main(["babilong", "--init", run, *options, *files])
-    assert heard == ["Ann met Bob. Mary went to the garden. Where is Mary? "] * 4
+    asked = "Ann met Bob. Mary went to the garden. Where is Mary? "
+    assert heard == [asked] * 4
+
+    # few shot: solved examples come before each of them
+    heard.clear()
+    (tmp_path / "examples.txt").write_text("Bob is in the hall. Where is Bob? hall.\n\n")
+    ev.main(["babilong", "--init", run, "--prompt", str(tmp_path / "examples.txt"), *options, files[0]])
+    assert heard == ["Bob is in the hall. Where is Bob? hall.\n\n" + asked] * 2
+    ev.main(["babilong", "--init", run, *options, *files])
     with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
         assert list(json.load(f)["accuracy"].values()) == [0.5, 0.5]
     not_babilong = "qa3.json line 1 cannot be read as a JSON object with input, question, target"
@@ -629,6 +637,35 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(reproduced, 
             ev.main(["babilong", "--init", run, *options, str(tmp_path / "qa3.json")])
     with pytest.raises(ValueError, match=r"qa12.json has none of qa1 to qa5 in its name"):
         ev.main(["babilong", "--init", run, *options, "qa12.json"])
+
+
+@pytest.mark.parametrize("what, titles", [("passkey", 3), ("babilong", 1)])
+def test_a_given_checkpoint_is_scored_by_length_on_our_own_passkeys_and_stories(
+    what, titles, reproduced, tmp_path, monkeypatch, capsys
+):
+    run = os.path.join(reproduced, "mamba2-echo-base-s0")
+    (tmp_path / "text.txt").write_text("a line of background text\n" * 400)
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    accuracy = lg.accuracy
+
+    def all_right_in_T(model, tokens, part):
+        asked.append(tokens.shape)
+        right = accuracy(model, tokens, part)
+        return torch.where(right.isnan(), right, float(tokens.shape[1] == 161))
+
+    monkeypatch.setattr(lg, "accuracy", all_right_in_T)
+    sizes = "--T 160 --windows 5 --rows 3 --data text.txt --device cpu"
+    ev.main([what, "--init", run, *sizes.split()])
+    assert [shape for shape in asked] == [
+        (3, 160 * length + 1) for length in (1, 2, 4) for _ in range(titles)
+    ]
+    with open(f"runs/{what}-mamba2-echo-base-s0.json") as f:
+        measured = json.load(f)
+    assert measured["x"] == [1, 2, 4] and measured["T"] == 160
+    assert list(measured["values"].values()) == [[1, 0, 0]] * titles
+    assert os.path.exists(f"runs/{what}-mamba2-echo-base-s0.png")
+    assert "1.000  0.000  0.000" in capsys.readouterr().out
 
 
 def test_the_name_of_a_published_babilong_file_tells_its_task_whatever_its_folder_is_called(

@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from test_checkpoint import gla_weights, needs
 from test_model import make_model
 from test_tokenizer import make_sentencepiece, make_tokenizer
 
+import eval as ev
 import lengthgen as lg
 import train
 
@@ -266,6 +268,36 @@ def test_a_gla_with_its_own_tokenizer_reads_tokens_of_a_bin(tokenizer, tmp_path,
     lg.model_from_checkpoint(cured).save_pretrained("out")
     back = lg.LanguageModel.from_pretrained("out").state_dict()
     assert all(torch.equal(x, back[name]) for name, x in cured["model"].items())
+
+
+def test_a_gla_with_its_own_tokenizer_runs_on_text_and_passkey_and_out_again(tmp_path, monkeypatch):
+    """From its folder to text, to passkeys of its own words, to their accuracy, and back for fla."""
+    monkeypatch.chdir(tmp_path)
+    model = put_gla(tmp_path / "gla")
+    (tmp_path / "text.txt").write_text("a test of text. " * 600)
+    monkeypatch.setattr(train, "TINY_MODELS", {})  # nothing but the checkpoint says what the model is
+    sizes = "--data text.txt --T 128 --batch 2 --steps 2 --device cpu"
+    train.main(f"--init gla --intervention state_passing {sizes}".split())
+    cured = "runs/gla-text-state_passing-s0"
+    train.main(f"--init {cured} --task passkey --intervention fitted_noise {sizes}".split())
+    found = "runs/gla-passkey-fitted_noise-s0"
+    ev.main(f"passkey --init {found} --rows 2 --windows 2 --data text.txt --device cpu".split())
+    measured = json.loads((tmp_path / "runs" / "passkey-gla-passkey-fitted_noise-s0.json").read_text())
+    assert measured["x"] == [1, 2] and measured["T"] == 128 and len(measured["values"]) == 3
+
+    # the words of the passkey are those of the model's own tokenizer
+    checkpoint = lg.load_checkpoint(found)
+    assert checkpoint["settings"]["tokenizer"] == "gla"
+    corpus = lg.load_corpus("text.txt", "gla")
+    tokens, _ = lg.passkey(lg.Rows(corpus, "val", 1, False, 0), 128, 0.5)
+    assert tokens.max() < corpus.words == model.config.vocab_size
+    assert "What is the pass key? The pass key is" in corpus.decode(tokens[0].tolist())
+
+    lg.LanguageModel.from_pretrained(found).save_pretrained("out")
+    shutil.copy("gla/tokenizer.json", "out")
+    back = lg.load_checkpoint("out")
+    assert back["config"] == checkpoint["config"] and back["settings"]["tokenizer"] == "out"
+    assert all(torch.equal(x, back["model"][name]) for name, x in checkpoint["model"].items())
 
 
 def test_from_the_hub_to_the_cured_file_that_transformers_loads(hub, tmp_path):

@@ -201,8 +201,16 @@ def test_prefill_generation_and_state_std_compute_logits_of_the_last_position_al
         shapes.clear()
         measure()
         assert set(shapes) == {(200, 1, 8)} and len(shapes) == calls
+    # where the answer is at the end, the logits before it are left out
+    shapes.clear()
+    asked = np.zeros((200, 149), bool)
+    asked[7, 140:] = True
+    right = lg.accuracy(model, tokens, asked)
+    assert sum(shape[1] for shape in shapes if shape[1] > 1) == 9
     with torch.no_grad():
         logits, state = model(torch.from_numpy(tokens))
+    wanted = logits[7, 140:149].argmax(-1) == torch.from_numpy(tokens[7, 141:])
+    assert torch.equal(right[7, 140:], wanted.double()) and right.isnan().sum() == 200 * 149 - 9
     last, state_of_last = lg.prefill(model, tokens)
     assert torch.allclose(last, logits[:, -1], rtol=0, atol=SEGMENTS * logits.abs().max())
     for layer, same_layer in zip(state, state_of_last, strict=True):

@@ -284,7 +284,7 @@ def test_a_stream_is_that_of_the_first_edition_where_the_text_suffices(name, T):
 
 
 def test_a_stream_of_mixed_counts_no_target_but_those_of_its_windows():
-    """After a window of text the next window may begin with a border, which the text does not continue with."""
+    """After a window of text the next one may begin with a border, which the text does not go on with."""
     windows = []
 
     def recorded(rows, T):

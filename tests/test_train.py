@@ -634,6 +634,20 @@ def test_two_processes_that_need_the_same_base_train_it_once(out):
     assert sum("another process trains here, waiting" in text for text in printed) == 1
 
 
+def test_long_work_says_at_once_how_long_it_will_take(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "time", lambda: now[0])
+    long, short = train.Progress(), train.Progress()
+    now[0] = 4.0
+    long(0.01)  # 4 seconds for a hundredth
+    short(0.1)
+    assert capsys.readouterr().out == "    1%  6:36 left\n"
+    now[0] = 13.0
+    long(0.03)  # not yet ten seconds after the last time
+    short(0.4)
+    assert capsys.readouterr().out == "   40%  0:19 left\n"
+
+
 def test_a_full_disk_is_one_sentence_with_the_file_and_leaves_nothing(tmp_path):
     class FullDisk:  # /dev/full has no space, however much it gets
         def __reduce__(self):
