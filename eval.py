@@ -299,8 +299,8 @@ def measure_run(folder, measure, corpus, device):
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
-# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. So {echo}-base-s{seed}
-# is the folder of a base on echo.
+# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. For one,
+# {echo}-base-s{seed} is the folder of a base on echo.
 
 # only 1000 steps, because a base that is trained for longer learns by itself to forget the previous string
 COPY_BASE = "--task copy --T 44 --steps 1000"

@@ -51,7 +51,7 @@ OFFICIAL_DEFAULTS = {
 
 @dataclass
 class ModelConfig:
-    """The sizes of a model, named as in mamba_ssm and flash-linear-attention. None takes the default above."""
+    """The sizes of a model, named as in mamba_ssm and flash-linear-attention. None: the default above."""
 
     layer: str = "mamba2"  # "mamba2", "gla" or "mamba1"
     vocab_size: int = 50277  # C
