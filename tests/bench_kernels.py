@@ -3,11 +3,12 @@
     python tests/bench_kernels.py
 
 Without a GPU it prints the first error table only, with the kernel in Triton's interpreter. With a GPU it
-also prints the errors in bfloat16 at real shapes, a check of 64-bit offsets, and the table of times. A rival
-that is not installed (flash-linear-attention, mamba_ssm) gets a line that says so. Sizes are
-(B, T, G, H, K, V) as in kernels.py.
+also prints the errors in bfloat16 at real shapes, a check of 64-bit offsets, the table of times, and a sweep
+of tiles with the time and the worst error of each. A rival that is not installed (flash-linear-attention,
+mamba_ssm) gets a line that says so. Sizes are (B, T, G, H, K, V) as in kernels.py.
 """
 
+import itertools
 import os
 import sys
 from functools import partial
@@ -108,6 +109,14 @@ def chunk_simple_gla(q, k, v, log_a, state):
     return chunk_simple_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
 
 
+def fused_chunk_simple_gla(q, k, v, log_a, state):
+    """The same as one fused kernel."""
+    from fla.ops.simple_gla import fused_chunk_simple_gla
+
+    q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
+    return fused_chunk_simple_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
+
+
 def chunk_gla(q, k, v, log_a, state):
     """flash-linear-attention's scan with one decay per channel."""
     from fla.ops.gla import chunk_gla
@@ -148,7 +157,8 @@ def time_table():
     print(f"\n{torch.cuda.get_device_name()}: {bandwidth / TERA:.2f} TB/s copied, ", end="")
     print(f"{rate / TERA:.0f} TFLOP/s")
 
-    per_head = {"triton_scan": triton_scan, "simple_gla": chunk_simple_gla, "mamba_ssm": mamba_ssm}
+    per_head = {"triton_scan": triton_scan, "simple_gla": chunk_simple_gla}
+    per_head.update(fused_simple_gla=fused_chunk_simple_gla, mamba_ssm=mamba_ssm)
     per_channel = {"triton_scan": triton_scan, "gla": chunk_gla}
     for model, size, functions in (
         ("Mamba-2-370m", (8, 2048, 1, 32, 128, 64), per_head),
@@ -184,7 +194,45 @@ def time_table():
             print(f"  {name:<20}{time:9.0f}{time_both:9.0f} us{shares}, peak {peak:.2f} GB", flush=True)
 
 
+SWEPT = (  # name, size to time, size to check, is there a decay per channel?
+    ("Mamba-2-370m", (8, 2048, 1, 32, 128, 64), (1, 1000, 1, 32, 128, 64), False),
+    ("GLA-340M", (8, 2048, 4, 4, 128, 256), (1, 1000, 4, 4, 128, 256), True),
+)
+TILES = tuple(itertools.product((16, 32, 64, 128), (16, 32, 64), (2, 4, 8), (1, 2)))
+
+
+def sweep(swept=SWEPT, tiles=TILES, dtype=torch.bfloat16):
+    """Print of each tile (chunk, block, warps, stages) the times, and the worst error of OUTPUTS."""
+    for model, size, small_size, per_channel in swept:
+        inputs, cotangents = draw(size, per_channel, dtype)
+        small_inputs, small_cotangents = draw(small_size, per_channel, dtype)
+        exact_inputs = [x.detach().double().requires_grad_() for x in small_inputs]
+        wanted = outputs_and_gradients(recurrent_scan, exact_inputs, [x.double() for x in small_cotangents])
+        print(f"\n{model}, (chunk, block, warps, stages): forward, with backward, worst error")
+        for tile in tiles:
+            function = partial(triton_scan, tile=tile)
+            try:
+                got = outputs_and_gradients(function, small_inputs, small_cotangents)
+                errors = [(x.double() - y).norm() / y.norm() for x, y in zip(got, wanted, strict=True)]
+                with torch.no_grad():
+                    time = microseconds(partial(function, *inputs))
+                time_both = microseconds(partial(outputs_and_gradients, function, inputs, cotangents))
+            except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+                print(f"  {tile!s:<20}{type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+                continue
+            worst = max(errors).item()
+            print(f"  {tile!s:<20}{time:9.0f}{time_both:9.0f} us{worst:9.0e}", flush=True)
+
+
 def main():
+    print(f"torch {torch.__version__}, triton {triton.__version__ if triton else 'missing'}", end="")
+    if GPU:
+        from triton.backends.nvidia.compiler import get_ptxas_version
+
+        major, minor = torch.cuda.get_device_capability()
+        ptxas = get_ptxas_version(10 * major + minor).strip().splitlines()[-1]
+        print(f", {torch.cuda.get_device_name()} (sm_{major}{minor}), ptxas {ptxas}", end="")
+    print()
     functions = {"recurrent": recurrent_scan, "chunked": chunked_scan}
     if triton is not None:
         functions["triton"] = triton_scan
@@ -205,6 +253,7 @@ def main():
     check_64_bit_offsets()
     torch.cuda.empty_cache()
     time_table()
+    sweep()
 
 
 if __name__ == "__main__":

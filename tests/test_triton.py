@@ -14,6 +14,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import bench_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -381,6 +382,38 @@ def test_all_calls_compile_for_gpus_fit_their_memory_and_hardly_spill(tmp_path):
     for shape, dtype, call, gpu, spilled, shared in rows:
         assert int(spilled) <= SPILLED[dtype], f"{shape} {dtype} {call} on sm_{gpu} spills {spilled} bytes"
         assert int(shared) <= SHARED_MEMORY, f"{shape} {dtype} {call} on sm_{gpu} wants {shared} bytes"
+
+
+# ---- bench_kernels.py ----
+
+
+def test_the_bench_begins_with_the_versions(monkeypatch, capsys):
+    monkeypatch.setattr(bench_kernels, "error_table", lambda *args: None)
+    monkeypatch.setattr(bench_kernels, "GPU", False)
+    bench_kernels.main()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"torch {torch.__version__}, triton ")
+
+
+def test_the_sweep_of_tiles_prints_the_worst_error_of_each(monkeypatch, capsys):
+    """Times are left out: they need a GPU. A scan that forgets its initial state is seen."""
+    monkeypatch.setattr(bench_kernels, "microseconds", lambda function: 7)
+    tiles = list(product((16, 32), (16, 32), (4,), (1,)))
+    size = (1, 40, 1, 2, 16, 32)
+    swept = [("per head", size, size, False), ("per channel", size, size, True)]
+
+    def errors():
+        bench_kernels.sweep(swept, tiles, torch.float32)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  (")]
+        assert [line.split(")")[0] for line in lines] == [
+            str(tile).join(["  ", ""])[:-1] for tile in tiles
+        ] * 2
+        return [float(line.split()[-1]) for line in lines]
+
+    assert all(0 < error < FLOAT32 for error in errors())
+    forgetful = lambda q, k, v, log_a, state, tile: triton_scan(q, k, v, log_a, 0.5 * state, tile)  # noqa: E731
+    monkeypatch.setattr(bench_kernels, "triton_scan", forgetful)
+    assert all(error > 0.1 for error in errors())
 
 
 # ---- on a GPU ----
