@@ -52,9 +52,14 @@ def far_loss(model, corpus, T, task):
     return train.loss_by_position(model, corpus, T, task, B=64, windows=256)
 
 
-def text_loss(model, corpus, T, task):
-    """The loss by position on plain text."""
-    return train.loss_by_position(model, corpus, T, "text", B=128)
+def text_rise(model, corpus, T, task):
+    """The loss by position on plain text, minus that in the range of positions that ends at T."""
+    losses = train.loss_by_position(model, corpus, T, "text", B=128)
+    in_T = losses["values"]["text"][losses["x"].index(1)]
+    rise = [loss - in_T for loss in losses["values"]["text"]]
+    return dict(
+        xlabel=POSITION, ylabel="nats", x=losses["x"], values={"loss by position, minus that in T": rise}
+    )
 
 
 def gap(model, corpus, T, task, B=128):
@@ -64,7 +69,7 @@ def gap(model, corpus, T, task, B=128):
     gaps = lg.paired_gap(model, tokens, T)
     means = [float(gaps[end // 2 : end].mean()) for end in ends]
     title = "the same text after the whole past, minus after T"
-    return dict(xlabel=POSITION, ylabel="paired gap (nats)", x=ends, values={title: means})
+    return dict(xlabel=POSITION, ylabel="nats", x=ends, values={title: means})
 
 
 def state_growth(model, corpus, T, task, B=64):
@@ -195,6 +200,13 @@ ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
 COPIES = {run: run for run in ["base", "zero", "state_passing"]}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
+# in place of a run a dictionary, {share of the base's 1400 steps: run}: one curve over these runs
+SHORT_STEPS = (14, 28, 70, 140)
+BUDGET = {}
+for run in ALL_BUT_SCAN:
+    if run != "base":
+        shorter = {steps / 1400: f"steps{steps}/{run}" for steps in SHORT_STEPS}
+        BUDGET[run] = {0: "base", **shorter, 0.36: run}
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
 FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, task of the runs, runs), ...])
     "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
@@ -203,10 +215,11 @@ FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, 
         "echo",
         [(train.loss_by_position, "echo", ALL)],
     ),
+    "budget": ("How little it takes: the loss at 64 T", "budget", [(train.loss_by_position, "echo", BUDGET)]),
     "text": (
         "Streams of pure text",
         "mixed",
-        [(text_loss, "mixed", ALL_BUT_SCAN), (gap, "mixed", ALL_BUT_SCAN)],
+        [(text_rise, "mixed", ALL_BUT_SCAN), (gap, "mixed", ALL_BUT_SCAN)],
     ),
     "state": ("The std of the state, divided by that at T", "echo", [(state_growth, "echo", PAIR)]),
     "forgetting": (
@@ -244,8 +257,11 @@ def draw_figure(name, args, corpus, device):
         found = {}
         for label, run in runs.items():
             for seed in range(args.seeds):
-                folder = folder_of(args.out, args.model, task, run, seed)
-                measurement = measure_run(folder, measure, corpus, device)
+                if isinstance(run, dict):
+                    measurement = measure_series(run, seed, measure, task, args, corpus, device)
+                else:
+                    folder = folder_of(args.out, args.model, task, run, seed)
+                    measurement = measure_run(folder, measure, corpus, device)
                 if measurement:
                     found.setdefault(label, []).append(measurement)
         if not found:
@@ -298,10 +314,26 @@ def measure_run(folder, measure, corpus, device):
     return train.load_or_measure(folder, measure, model, corpus, settings.T, settings.task)
 
 
+def measure_series(runs, seed, measure, task, args, corpus, device):
+    """One measurement over several runs, {x: run}: the last value of each. None unless all are there."""
+    measurements = []
+    for run in runs.values():
+        folder = folder_of(args.out, args.model, task, run, seed)
+        measurements.append(measure_run(folder, measure, corpus, device))
+    if None in measurements:
+        return None
+    first = measurements[0]
+    values = {}
+    for title in first["values"]:
+        values[title] = [measurement["values"][title][-1] for measurement in measurements]
+    return dict(xlabel="steps / steps of pre-training", ylabel=first["ylabel"], x=list(runs), values=values)
+
+
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
 # command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. For one,
 # {echo}-base-s{seed} is the folder of a base on echo.
 
+SHORT = "--init {echo}-base-s{seed} --out {out}/"
 # only 1000 steps, because a base that is trained for longer learns by itself to forget the previous string
 COPY_BASE = "--task copy --T 44 --steps 1000"
 COPY = "--init {out}/{model}-copy-base-s{seed} --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention "
@@ -312,6 +344,14 @@ PLAN = {
     "echo": [
         *("--task echo --intervention " + name for name in lg.INTERVENTIONS),
         "--task echo --intervention state_passing --carry scan",
+    ],
+    "budget": [
+        *("--task echo --intervention " + name for name in lg.INTERVENTIONS),
+        *(
+            SHORT + f"steps{n} --steps {n} --intervention {name}"
+            for n in SHORT_STEPS
+            for name in lg.INTERVENTIONS
+        ),
     ],
     "mixed": ["--task mixed --intervention " + name for name in lg.INTERVENTIONS],
     "copy": [COPY_BASE, COPY + "zero", COPY + "state_passing"],

@@ -706,8 +706,10 @@ def draw(panels, path, title):
     figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * rows), layout="constrained")
     lines = {}  # the curves by name
     colours = {}  # by label
+    axes = {}  # the first panel with a label of y; the others with it have the same range
     for i, panel in enumerate(panels):
-        axis = figure.add_subplot(rows, columns, i + 1)
+        axis = figure.add_subplot(rows, columns, i + 1, sharey=axes.get(panel["ylabel"]))
+        axes.setdefault(panel["ylabel"], axis)
         for label, (x, values) in panel["curves"].items():
             # a run has the same colour in all panels
             _, colour, style = style_of(label)
@@ -723,6 +725,10 @@ def draw(panels, path, title):
             axis.text(1, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
             axis.set_xscale("log", base=4)
             axis.xaxis.set_major_formatter("{x:.3g}")
+        elif "steps / steps" in panel["xlabel"]:  # logarithmic but for the base, which is at 0
+            axis.set_xscale("symlog", linthresh=0.01)
+            axis.set_xticks([0, 0.01, 0.1, 0.36])
+            axis.xaxis.set_major_formatter("{x:.0%}")
         axis.set_title(panel["title"], fontsize=10)
         axis.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"])
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))

@@ -388,10 +388,10 @@ def test_reproduce_draws_every_figure_and_keeps_every_number(reproduced):
 def test_every_label_of_a_figure_is_trained_by_its_plan(reproduced):
     with open(os.path.join(reproduced, "results.json")) as f:
         results = json.load(f)["mamba2"]
-    for name, (_, _, blocks) in ev.FIGURES.items():
+    for name, (_, _, measures) in ev.FIGURES.items():
         drawn = {label for panel in results[name]["panels"] for label in panel["curves"]}
-        wanted = {label for _, _, labels in blocks for label in labels}
-        assert drawn == wanted - ({"tbtt"} if name == "copying" else set()), name
+        wanted = {label for _, _, labels in measures for label in labels}
+        assert drawn == wanted, name
 
 
 def test_forgetting_faster_is_the_loss_with_the_changed_decay_beyond_4_T(corpus, monkeypatch):
