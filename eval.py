@@ -198,6 +198,7 @@ MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
 ALL = {run: run for run in [*train.STYLES, *ADDED]}
 ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
 COPIES = {run: run for run in ["base", "zero", "state_passing"]}
+# of BABILong, by the run on echo that they start from
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
 # in place of a run a dictionary, {share of the base's 1400 steps: run}: one curve over these runs
@@ -250,9 +251,9 @@ def draw_figure(name, args, corpus, device):
 
     Raises MissingRuns if there is no run for it.
     """
-    title, _, measures = FIGURES[name]
+    title, _, drawn = FIGURES[name]
     panels = []
-    for measure, task, runs in measures:
+    for measure, task, runs in drawn:
         # {label: measurements, one for each seed that is there}
         found = {}
         for label, run in runs.items():
@@ -304,8 +305,8 @@ def measure_run(folder, measure, corpus, device):
     # refuse a run that today's code and text would not make; the weights it started from are not known here
     model = lg.model_from_checkpoint(checkpoint).to(device).eval()
     run = train.describe_run(settings, model, corpus)
-    del run["made_from"][train.START]
-    if settings.init is None:
+    del run["made_from"][train.INITIAL_WEIGHTS]
+    if settings.init is None:  # today's TINY_MODELS must have these sizes
         sizes = train.TINY_MODELS[settings.model]
         config = lg.ModelConfig(layer=settings.model, vocab_size=corpus.vocab_size, **sizes)
         run["config"] = asdict(config)
@@ -436,7 +437,7 @@ def given_babilong(args, model, settings, tokenizer):
     --data: the published files, or the background of our stories
     --prompt: a file of solved examples that comes before each published text (few shot)
     """
-    if not any("qa" in os.path.basename(file) for file in args.data or []):
+    if not any(re.search(r"qa\d", os.path.basename(file)) for file in args.data or []):
         return measure_given(args, model, settings, tokenizer)
     examples = ""
     if args.prompt is not None:
@@ -474,7 +475,7 @@ def continuation(args, model, tokenizer, prompt, n, temperature):
     train.check_vocabulary(model, corpus, args.init)
     tokens = np.array([[corpus.bos, *corpus.encode(prompt)]], dtype=np.int64)
     output = [int(token) for token in lg.generate(model, tokens, n, temperature)]
-    return corpus.decode([token for token in output if token < corpus.words])
+    return corpus.decode([token for token in output if token < corpus.words and token not in corpus.special])
 
 
 GIVEN = {"poswise": measure_given, "passkey": measure_given, "babilong": given_babilong, "sample": sample}
@@ -513,6 +514,9 @@ def parse_arguments(argv):
             raise ValueError(f"--{name} needs --init RUN")
     if args.init is not None and (len(args.what) != 1 or args.what[0] not in GIVEN):
         raise ValueError(f"--init RUN goes with one of {', '.join(GIVEN)}, got {' '.join(args.what)!r}")
+    for name, takers in (("task", ["poswise"]), ("prompt", ["babilong", "sample"])):
+        if getattr(args, name) is not None and args.what[0] not in takers:
+            raise ValueError(f"--{name} goes with {' or '.join(takers)}, got {args.what[0]!r}")
     args.windows = args.windows or 64
     return args
 
@@ -551,8 +555,8 @@ def main(argv=None):
 
 
 # fill the cache of train.read_source before the file can change
-for _, _, measures in FIGURES.values():
-    for measure, _, _ in measures:
+for _, _, drawn in FIGURES.values():
+    for measure, _, _ in drawn:
         train.sources(measure, modules=("kernels", "lengthgen", "train", measure.__module__))
 
 if __name__ == "__main__":

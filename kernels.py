@@ -38,7 +38,7 @@ MIN_LOG_A = -30.0  # e^-30 of a float32 state is lost in the rounding of what is
 def check_and_clamp(q, k, v, log_a, state):
     """Assert that the shapes fit. Returns log_a, clamped at MIN_LOG_A, and B, T, G, H, K, V.
 
-    A huge term would round away the others in a sum of log_a over a chunk, and -inf - -inf is NaN.
+    Without the clamp a huge log_a would round away the others in a chunk's sum, and -inf - -inf is NaN.
     """
     B, T, G, K = q.shape
     H, V = v.shape[2:]
@@ -100,7 +100,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         G = H
     J = H // G  # heads of a group
     v = v.unflatten(2, (G, J))  # (B, T, G, J, V)
-    S = S.unflatten(1, (G, J)).transpose(2, 3)  # (B, G, K, J, V)
+    S = S.unflatten(1, (G, J)).transpose(2, 3)  # (B, G, K, J, V), to be read by one matmul for J heads
     if not per_channel:
         log_a = log_a.unflatten(2, (G, J))  # (B, T, G, J), else (B, T, G, K)
 
@@ -119,7 +119,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         cut.append(x.unflatten(1, (n, L)).transpose(2, 3))
     q, k, v, log_a = cut  # (B, n, G, L, K), the same, (B, n, G, L, J, V), (B, n, G, L, J or K)
     b = log_a.cumsum(3)
-    # b_L - b_s. Padded at s = L with a constant 0, because b_L - b_L would leave rounding in the gradient
+    # b_L - b_s; at s = L a constant 0, because the gradients of b_L - b_L cancel only up to rounding
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
     # 2. The decayed scores q_t . k_s inside a chunk; the q that read the state which enters the chunk, and
@@ -170,14 +170,14 @@ def decayed_scores(q, k, b):
     power of two, here 8:
 
                s  0  1  2  3  4  5  6  7
-        t = 0     =
-            1     1  =
-            2     2  2  =                     =  s = t, which needs no decay
-            3     2  2  1  =                  1  half = 1,  m = 0, 2, 4, 6
-            4     4  4  4  4  =               2  half = 2,  m = 1, 5
-            5     4  4  4  4  1  =            4  half = 4,  m = 3
-            6     4  4  4  4  2  2  =
-            7     4  4  4  4  2  2  1  =
+        t = 0     x
+            1     1  x
+            2     2  2  x                     x  s = t, which needs no decay
+            3     2  2  1  x                  1  half = 1,  m = 0, 2, 4, 6
+            4     4  4  4  4  x               2  half = 2,  m = 1, 5
+            5     4  4  4  4  1  x            4  half = 4,  m = 3
+            6     4  4  4  4  2  2  x
+            7     4  4  4  4  2  2  1  x
     """
     L = q.shape[-2]
     scores = (q * k).sum(-1)[..., None, None]  # (..., L, 1, 1): the diagonal, as L blocks of one step
@@ -204,8 +204,8 @@ def decayed_scores(q, k, b):
 class TritonScan(torch.autograd.Function):
     """The scan and its gradients, for inputs padded by triton_scan; log_a is (B, T, H, 1 or K).
 
-    Let dO_t be the gradient that arrives at o_t, R_T the gradient that arrives at the final state, and dS_t
-    the whole gradient of S_t, from its own step and from all later ones. Differentiating the recurrence gives
+    Let dO_t be the gradient that arrives at o_t, dS_t the whole gradient of S_t, and R_t its part from later
+    steps; R_T arrives at the final state. Differentiating the recurrence gives
 
         dS_t = q_t dO_t^T + R_t        R_{t-1} = diag(a_t) dS_t        (R_0 is the initial state's gradient)
         dq_t = S_t dO_t        dk_t = dS_t v_t        dv_t = dS_t^T k_t
@@ -213,11 +213,11 @@ class TritonScan(torch.autograd.Function):
     The first line is the recurrence again, in reverse time. The second line reads a state in the way that
     o_t = S_t^T q_t does. So one kernel, "add k v^T to a decaying state and read it with q", has four roles:
 
-        role      q    k    v    starts from      time     decay_of gives
-        forward   q    k    v    S_0              forward  key      o, and S_T as its final state
-        dq        dO   v    k    S_0 transposed   forward  value    dq
-        dk        v    dO   q    R_T transposed   reverse  value    dk
-        dv        k    q    dO   R_T              reverse  key      dv, and R_0 as its final state
+        role      q    k    v    starts from      time     decay_of   output
+        forward   q    k    v    S_0              forward  key        o, and S_T as its final state
+        dq        dO   v    k    S_0 transposed   forward  value      dq
+        dk        v    dO   q    R_T transposed   reverse  value      dk
+        dv        k    q    dO   R_T              reverse  key        dv, and R_0 as its final state
 
     In the roles dq and dk the state is transposed, so a decay per key channel becomes one per value channel
     of the kernel: decay_of = "value". One decay per head acts on the whole state, in all roles: "head".
@@ -225,8 +225,8 @@ class TritonScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_a, state, tile):
-        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x. The
-        # last chunk is filled up with zeros for its sum
+        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x.
+        # Zeros complete the last chunk, and are cut off again
         chunk, *_ = tile
         B, T, H, N = log_a.shape  # N is 1 or K
         b = torch.cat([log_a * math.log2(math.e), log_a.new_zeros(B, (-T) % chunk, H, N)], 1)
@@ -248,17 +248,17 @@ class TritonScan(torch.autograd.Function):
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_mT, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
 
-        # log a_t scales what steps s < t have written where steps u >= t, or R_T after them, read it. These
-        # are all reads from step t on, less the reads of what was written from step t on:
+        # a_t scales all that a step s < t writes and a step u >= t, or R_T, reads. So d log a_t is all that
+        # is read from step t on, less what of it was also written from step t on:
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
         # Two terms stand on both sides of the minus: (1) a step reads what it writes itself, (2) R_T reads
         # what step T writes. They would cancel but for rounding. So the kernel leaves (1) out of q_dq and
         # k_dk, and (2) out of before_T; the next line takes (2) out of k_dk
         k_dk[:, -1] = 0
-        last = (before_T * dfinal.mT).sum(2)[:, None]  # (B, 1, H, K)
+        final_term = (before_T * dfinal.mT).sum(2)[:, None]  # sum(S_T * R_T), (B, 1, H, K)
         if decay_of == "head":
-            last = last.sum(-1, keepdim=True)
-        dlog_a = (q_dq - k_dk).flip(1).cumsum(1).flip(1) + last  # the sum over all steps from t on
+            final_term = final_term.sum(-1, keepdim=True)
+        dlog_a = (q_dq - k_dk).flip(1).cumsum(1).flip(1) + final_term  # the sum over all steps from t on
         return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate, None
 
 
@@ -278,7 +278,7 @@ def triton_scan(q, k, v, log_a, state=None, tile=None):
     """The recurrence as one GPU kernel that also computes its gradients. Shapes as at the top of this file.
 
     q, k, v are float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256.
-    tile: how the kernel cuts its work, see choose_tile; None chooses
+    tile: how the kernel cuts its work; None takes that of choose_tile
     On a CPU the kernel runs only in Triton's interpreter.
     """
     log_a, B, T, _, H, K, V = check_and_clamp(q, k, v, log_a, state)
@@ -348,6 +348,7 @@ def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     x_o = None
     if x is not None:  # with one decay per head every program writes the sum over its columns
         x_o = b.new_empty(B, T, H, V // block if decay_of == "head" else V)
+    # HQ: heads of q, HK: heads of k, and so on; the kernel's docstring has the rest
     with torch.cuda.device_of(q):  # Triton launches on the current device
         scan_kernel[(B * H * (V // block),)](
             q, k, v, b, state, o, final, x, x_o, T, *state.stride(),

@@ -585,7 +585,8 @@ class Rows:
         at = self.at.numpy()
         at = np.where(at > last, 0, at)
 
-        # rows whose document ends too early go to the next one that is long enough, or to the first such one
+        # a row whose document ends too early goes to the next one that is long enough, or after the last such
+        # document to the first
         if inside_document:
             long_enough = self.begins[self.ends - self.begins >= n]
             if not len(long_enough):
@@ -759,8 +760,8 @@ def babilong(rows, T):
     targets  import os/Mary went to the office. x = 1/John moved to the garden. Where is Mary? office.<bos>
     part     ..................................................................................1111111.
 
-    Here / ends a line and . is part 0. The background fills the window. The picture is in bytes, but any
-    tokenizer will do.
+    Here / ends a line, . is part 0, and one of the three facts is left out. The background fills the window.
+    The picture is in bytes, but any tokenizer will do.
     """
     if T < 128:  # the longest story in bytes
         raise ValueError(f"babilong needs a T of at least 128, got {T}")
@@ -1127,7 +1128,7 @@ def load_tokenizer(name):
             gpt = tiktoken.get_encoding(name)
             return Tokenizer(gpt.n_vocab, (gpt.eot_token, gpt.eot_token), gpt.encode_ordinary, gpt.decode)
 
-        # any other one is read by the library made for it
+        # any other is a tokenizer.json, read by the library of Hugging Face
         import tokenizers
 
         file = name
@@ -1324,10 +1325,10 @@ def read_json(file, fields):
     return objects
 
 
-def read_babilong(file, rows):
-    """The first entries of a published BABILong file: (text and question, question, answer) of each."""
+def read_babilong(file, n):
+    """The first n entries of a published BABILong file: (text and question, question, answer) of each."""
     entries = []
-    for text, question, answer in read_json(file, ["input", "question", "target"])[:rows]:
+    for text, question, answer in read_json(file, ["input", "question", "target"])[:n]:
         question = question.strip()
         entries.append((f"{text.strip()} {question}", question, answer.strip()))
     if not entries:
@@ -1392,7 +1393,7 @@ MAMBA_NAMES = {
     "layers.": "backbone.layers.",
     "norm_f.": "backbone.norm_f.",
 }
-GLA_NAMES = {
+GLA_NAMES = {  # in this order, because "norm_f." becomes a name with ".norm." in it
     "embedding.": "model.embeddings.",
     "layers.": "model.layers.",
     ".norm.": ".attn_norm.",
@@ -1589,7 +1590,10 @@ def export_model(model, folder, dtype=torch.float32):
 
 
 def write_atomically(path, write):
-    """Call write(file) and rename: whoever reads `path` finds all of it, or the old one. Makes its folder."""
+    """Write a file by write(file) and a rename, so that readers see all of the new file or the old one.
+
+    Makes its folder.
+    """
     temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -50,6 +50,7 @@ TINY_MODELS = {  # they learn echo on a laptop in minutes
 # begins to fall (0 is the paper's schedule); zero_prob: the share of the rows that start from zeros
 RECIPES = {
     "base": dict(steps=1400, lr=3e-3, hold=0.0, batch=64, zero_prob=0.0),
+    # with the steps, lr and hold of "base" it would hardly fail past T
     "base of mixed": dict(
         steps=1840, lr=5e-3, hold=0.85, batch=64, zero_prob=0.0
     ),  # else it hardly fails past T
@@ -170,7 +171,9 @@ def choose_device(wanted):
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {wanted!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     reason = "asked for" if wanted else "the best there is"
     print_rank0(f"device: {device}, {reason}, {torch.get_num_threads()} CPU threads, {RANKS} ranks")
     return device
@@ -423,6 +426,8 @@ def save_run(folder, run, model, optimizer, carried, step, seconds):
     checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict())
     if RANK == 0:
         lg.write_atomically(os.path.join(folder, lg.CHECKPOINT), functools.partial(torch.save, checkpoint))
+    if dist.is_initialized():
+        dist.barrier()  # so that no rank looks for the file before it is there
 
 
 def load_run(folder, run, model, optimizer, carried):
@@ -451,7 +456,7 @@ def load_run(folder, run, model, optimizer, carried):
 
 # not compared: names of things that have a checksum, and settings and constants that change no result
 NOT_COMPARED = ("tokenizer", "data", "init", "backend", "recompute", "RANK", "INTERPRETED", "SAVE_EVERY")
-START = "set of initial weights"  # the name of their checksum
+INITIAL_WEIGHTS = "set of initial weights"  # the name of their checksum
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 # the code of all runs, and of all models; a run also has that of its task, intervention and layer
@@ -466,7 +471,7 @@ def describe_run(settings, model, corpus):
     made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task, intervention)
     made_from["share of the loss on all targets"] = share
     made_from["text"] = corpus.checksum
-    made_from[START] = checksum(model)
+    made_from[INITIAL_WEIGHTS] = checksum(model)
     return dict(settings=vars(settings), config=asdict(model.config), made_from=made_from)
 
 
@@ -532,7 +537,7 @@ def sources(*roots, modules=("kernels", "lengthgen")):
 def read_source(item):
     """The checksum of the source of a function or class, and the names in it, like "scan" or "lg.Rows".
 
-    They are cached: later edits of the file do not change what this process runs.
+    Cached, because the file may be edited while this process still runs the old code.
     """
     source = inspect.getsource(item)
     try:
@@ -595,7 +600,7 @@ def loss_by_position(model, corpus, T, task, B=None, windows=64):
 class Progress:
     """Called with the share that is done, prints it and the time left every ten seconds.
 
-    Prints at the first call already if it will take more than a minute.
+    What will take more than a minute is said at once.
     """
 
     def __init__(self):
@@ -604,8 +609,8 @@ class Progress:
     def __call__(self, done):
         now = time.time()
         left = (now - self.started) * (1 - done) / done
-        takes_long = self.printed == self.started and left > 60
-        if now - self.printed > 10 or takes_long:
+        nothing_printed = self.printed == self.started
+        if now - self.printed > 10 or (nothing_printed and left > 60):
             self.printed = now
             print(f"  {done:4.0%}  {clock(left)} left", flush=True)
 
@@ -819,10 +824,11 @@ def main(argv=None):
         check_vocabulary(model, corpus, args.init)
         print_rank0(f"base: {args.init}")
         tell_scan(model)
-        # its measurement is kept in its own folder if it is a run on the same text, task and T, else in ours
+        # the base's measurement is kept in the folder of the base if that is a run on this text, task and T,
+        # else in the folder of the cure
         measured_in = os.path.join(folder, "init")
-        as_it_was = (init["settings"]["task"], init["settings"]["T"], init.get("made_from", {}).get("text"))
-        if os.path.isdir(args.init) and as_it_was == (args.task, args.T, corpus.checksum):
+        trained_on = (init["settings"]["task"], init["settings"]["T"], init.get("made_from", {}).get("text"))
+        if os.path.isdir(args.init) and trained_on == (args.task, args.T, corpus.checksum):
             measured_in = args.init
         losses = load_or_measure(measured_in, loss_by_position, model, corpus, args.T, args.task)
     else:

@@ -82,7 +82,7 @@ BUGS = {  # name: (text, what the bug makes of it)
         "((q_dq - k_dk).flip(1).cumsum(1).flip(1) - (q_dq - k_dk))",
     ),
     "d log a: k added instead of taken away": ("(q_dq - k_dk)", "(q_dq + k_dk)"),
-    "d log a: the final state left out": (".flip(1) + last", ".flip(1) + 0 * last"),
+    "d log a: the final state left out": (".flip(1) + final_term", ".flip(1) + 0 * final_term"),
     "d log a: what step T writes and R_T reads stays in k * dk": ("k_dk[:, -1] = 0", "k_dk[:, -1] *= 1"),
     "d log a: what step T writes and R_T reads stays in the state": (
         "tl.where(t0 + t[:, None] < T - 1, k_c, 0.0)",

@@ -704,6 +704,7 @@ def test_the_name_of_a_published_babilong_file_tells_its_task_whatever_its_folde
         (["--temperature", "nan"], "--temperature: must lie between 0 and 1000000.0, got nan"),
         (["sample"], "sample needs --init RUN"),
         (["effrem", "--rows", "3"], "--rows needs --init RUN"),
+        (["passkey", "--init", "RUN", "--task", "text"], "--task goes with poswise, got 'passkey'"),
         (["effrem", "--init", "x"], "--init RUN goes with one of poswise, .* got 'effrem'"),
         (["--seeds", "0"], "--seeds: must lie between 1 and 100000000, got 0"),
         (["poswise", "--init", "nowhere"], "no checkpoint at 'nowhere'"),

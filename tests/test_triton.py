@@ -14,7 +14,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import bench_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -388,6 +387,8 @@ def test_all_calls_compile_for_gpus_fit_their_memory_and_hardly_spill(tmp_path):
 
 
 def test_the_bench_begins_with_the_versions(monkeypatch, capsys):
+    import bench_kernels  # not above, because it turns the interpreter on, which compiles nothing
+
     monkeypatch.setattr(bench_kernels, "error_table", lambda *args: None)
     monkeypatch.setattr(bench_kernels, "GPU", False)
     bench_kernels.main()
@@ -397,6 +398,8 @@ def test_the_bench_begins_with_the_versions(monkeypatch, capsys):
 
 def test_the_sweep_of_tiles_prints_the_worst_error_of_each(monkeypatch, capsys):
     """Times are left out: they need a GPU. A scan that forgets its initial state is seen."""
+    import bench_kernels
+
     monkeypatch.setattr(bench_kernels, "microseconds", lambda function: 7)
     tiles = list(product((16, 32), (16, 32), (4,), (1,)))
     size = (1, 40, 1, 2, 16, 32)
