@@ -180,7 +180,7 @@ def babilong_accuracy(model, corpus, T, task, B=64, lengths=(1, 2, 4, 8, 16)):
         tokens, part = lg.babilong(rows, T * length)
         shares.append(exact_match(model, tokens, part == 1))
         progress(sum(lengths[: i + 1]) / sum(lengths))
-    values = {"Where is Mary?": shares}
+    values = {"our own stories": shares}
     return dict(xlabel="length (T)", ylabel="share of right answers", x=list(lengths), values=values)
 
 
@@ -198,16 +198,16 @@ MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
 ALL = {run: run for run in [*train.STYLES, *ADDED]}
 ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
 COPIES = {run: run for run in ["base", "zero", "state_passing"]}
-# of BABILong, by the run on echo that they start from
+# the runs on BABILong, by the run on echo that each starts from
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
-# in place of a run a dictionary, {share of the base's 1400 steps: run}: one curve over these runs
+# BUDGET has a dictionary in place of a run, {share of the base's 1400 steps: run}, drawn as one curve
 SHORT_STEPS = (14, 28, 70, 140)
 BUDGET = {}
 for run in ALL_BUT_SCAN:
     if run != "base":
         shorter = {steps / 1400: f"steps{steps}/{run}" for steps in SHORT_STEPS}
-        BUDGET[run] = {0: "base", **shorter, 0.36: run}
+        BUDGET[run] = {0: "base", **shorter, 0.36: run}  # 500 steps, rounded
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
 FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, task of the runs, runs), ...])
     "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
@@ -304,13 +304,13 @@ def measure_run(folder, measure, corpus, device):
 
     # refuse a run that today's code and text would not make; the weights it started from are not known here
     model = lg.model_from_checkpoint(checkpoint).to(device).eval()
-    run = train.describe_run(settings, model, corpus)
-    del run["made_from"][train.INITIAL_WEIGHTS]
+    expected = train.describe_run(settings, model, corpus)
+    del expected["made_from"][train.INITIAL_WEIGHTS]
     if settings.init is None:  # today's TINY_MODELS must have these sizes
         sizes = train.TINY_MODELS[settings.model]
         config = lg.ModelConfig(layer=settings.model, vocab_size=corpus.vocab_size, **sizes)
-        run["config"] = asdict(config)
-    train.check_same_run(checkpoint, run, folder)
+        expected["config"] = asdict(config)
+    train.check_same_run(checkpoint, expected, folder)
     train.tell_scan(model)
     return train.load_or_measure(folder, measure, model, corpus, settings.T, settings.task)
 
@@ -331,10 +331,10 @@ def measure_series(runs, seed, measure, task, args, corpus, device):
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
-# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. For one,
+# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. So
 # {echo}-base-s{seed} is the folder of a base on echo.
 
-SHORT = "--init {echo}-base-s{seed} --out {out}/"
+SHORT = "--init {echo}-base-s{seed} --out {out}/"  # the name of the folder follows
 # only 1000 steps, because a base that is trained for longer learns by itself to forget the previous string
 COPY_BASE = "--task copy --T 44 --steps 1000"
 COPY = "--init {out}/{model}-copy-base-s{seed} --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention "
@@ -422,8 +422,10 @@ def measure_given(args, model, settings, tokenizer):
         train.report({name: measurement}, f"{path}.png", f"{args.init} on {task}, T = {T} tokens")
     else:
         measure = {"passkey": passkey_accuracy, "babilong": babilong_accuracy}[what]
-        lengths = [2**i for i in range(args.windows.bit_length())]  # 1, 2, 4, ... up to windows
-        measurement = measure(model, corpus, T, what, args.rows or 32, lengths)
+        sizes = dict(lengths=[2**i for i in range(args.windows.bit_length())])  # 1, 2, 4, ... up to windows
+        if args.rows:
+            sizes["B"] = args.rows
+        measurement = measure(model, corpus, T, what, **sizes)
         panels = train.panels_of({name: [measurement]})
         train.print_table(panels)
         train.draw(panels, f"{path}.png", f"{args.init} on {what}, T = {T} tokens")
@@ -496,7 +498,9 @@ def parse_arguments(argv):
     p.add_argument("--data", nargs="+", metavar="PATH", help="with --init: text, or published BABILong files")
     p.add_argument("--tokenizer", help="with --init: as in train.py (that of its run)")
     p.add_argument("--windows", type=train.positive_type, help="with --init: longest stream, in T (64)")
-    p.add_argument("--rows", type=train.positive_type, help="with --init: how many streams, texts or stories")
+    p.add_argument(
+        "--rows", type=train.positive_type, help="with --init: how many streams, texts or stories (64)"
+    )
     p.add_argument("--prompt", help="sample: what comes first; babilong: a file of solved examples")
     p.add_argument("--tokens", type=train.positive_type, default=400, help="sample: how many to write")
     p.add_argument(

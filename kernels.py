@@ -106,7 +106,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
 
     # 1. Cut T into n chunks of equal length L. Steps of zeros in front fill up the first chunk: k = 0 writes
     #    nothing and log_a = 0 forgets nothing
-    L = math.ceil(T / math.ceil(T / chunk))
+    n = math.ceil(T / chunk)
+    L = math.ceil(T / n)
     if per_channel:
         L = 1 << (L - 1).bit_length()  # the next power of two, for decayed_scores
     n = math.ceil(T / L)
@@ -122,8 +123,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
     # b_L - b_s; at s = L a constant 0, because the gradients of b_L - b_L cancel only up to rounding
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
-    # 2. The decayed scores q_t . k_s inside a chunk; the q that read the state which enters the chunk, and
-    #    the k and v that write into the state which leaves it
+    # 2. Compute the decayed scores q_t . k_s inside a chunk; q_in, which reads the state that enters; k_out
+    #    and v_out, which write the state that leaves
     if per_channel:  # q and k take the decays, one for each of their channels
         scores = decayed_scores(q, k, b)[:, :, :, None]  # (B, n, G, 1, L, L)
         q_in = q * b.exp()
@@ -243,13 +244,14 @@ class TritonScan(torch.autograd.Function):
         q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
         decay_of, decay_of_mT = ("head", "head") if b.shape[3] == 1 else ("key", "value")
-        # q_dq is q * dq, k_dk is k * dk, before_T is S_T transposed; what they leave out is explained below
+        # q_dq is q * dq, k_dk is k * dk, before_T is S_T transposed, before step T writes; what q_dq and k_dk
+        # leave out is explained below
         dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_mT, x=q)
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_mT, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
 
         # a_t scales all that a step s < t writes and a step u >= t, or R_T, reads. So d log a_t is all that
-        # is read from step t on, less what of it was also written from step t on:
+        # is read from step t on, minus the part of it that was written from step t on:
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
         # Two terms stand on both sides of the minus: (1) a step reads what it writes itself, (2) R_T reads
         # what step T writes. They would cancel but for rounding. So the kernel leaves (1) out of q_dq and
@@ -336,8 +338,8 @@ def choose_tile(q, v, per_channel):
 def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     """Run one role of the table in TritonScan; K and V are those of the role, swapped in dq and dk.
 
-    x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * o without
-    s = t, which is summed over V if there is one decay per head.
+    x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * o without the
+    term of the step itself (s = t), which is summed over V if there is one decay per head.
     """
     T = v.shape[1]
     B, H, K, V = state.shape
@@ -450,7 +452,7 @@ if triton is not None:
                 y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
                 y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
             else:
-                # a decay per column: v decays to the midpoint, and the sum over s from there to step t
+                # a decay per column: v_s decays to the midpoint, then the sum decays from there to step t
                 scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
                 qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
                 y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in

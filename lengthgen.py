@@ -99,7 +99,7 @@ class LayerState(NamedTuple):
 
 
 def map_state(function, *states):
-    """function(x), or function(x, y, ...), of the tensors of one or several states, lists of LayerState."""
+    """Apply a function to each tensor of a state, a list of LayerState, or to matching tensors of several."""
     new_state = []
     for same_layer in zip(*states, strict=True):  # one layer, in each of the states
         convs = [layer.conv for layer in same_layer]
@@ -295,7 +295,7 @@ class Mamba1(nn.Module):
 
         # step size, key and query all depend on the output of the convolution
         dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
-        # dt_proj(dt), but in float32 from the bias on, where dt_proj would return bfloat16 under autocast
+        # dt_proj(dt), but with the bias added in float32; under autocast dt_proj would return bfloat16
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)  # (B, T, H)
         v = (dt * x).to(x.dtype)  # (B, T, H)
         log_a = -dt[..., None] * self.A_log.exp()  # (B, T, H, K)
@@ -364,14 +364,14 @@ class LanguageModel(nn.Module):
         self.config = config
         # the vocabulary is padded to a round number, which is faster on a GPU
         multiple = config.pad_vocab_size_multiple
-        C = multiple * math.ceil(config.vocab_size / multiple)
-        self.embedding = nn.Embedding(C, config.d_model)
+        padded = multiple * math.ceil(config.vocab_size / multiple)
+        self.embedding = nn.Embedding(padded, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.lm_head = nn.Linear(config.d_model, C, bias=False)
+        self.lm_head = nn.Linear(config.d_model, padded, bias=False)
 
-        # initial weights of the official code: in GLA all matrices have the std 0.02, in Mamba the weights of
-        # out_proj shrink with depth
+        # initial weights of the official code: in GLA all matrices have the std 0.02, in Mamba out_proj is
+        # divided by sqrt(n_layer)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if config.layer == "gla":
             for module in self.modules():
@@ -425,7 +425,7 @@ class LanguageModel(nn.Module):
 
 
 def zero(state, stats, rng):
-    """Start from zeros: ordinary training, the control of an intervention with as many steps."""
+    """Start from zeros: ordinary training. Run for equally many steps, it is the control of the others."""
     return map_state(torch.zeros_like, state)
 
 
@@ -509,7 +509,7 @@ class StateStatistics:
         """Take in the final state of one more micro-batch; in a distributed run, of all ranks."""
         mean = map_state(batch_mean, state)
         mean_square = map_state(lambda x: batch_mean(x.float() ** 2), state)
-        if self.count == 0:
+        if self.count == 0:  # the weight below is then 1
             self.mean = mean
             self.mean_square = mean_square
         self.count += 1
@@ -591,7 +591,7 @@ class Rows:
             long_enough = self.begins[self.ends - self.begins >= n]
             if not len(long_enough):
                 raise ValueError(f"no document of the text has the {n} tokens that are needed")
-            end = self.ends[np.searchsorted(self.ends, at)]
+            end = self.ends[np.searchsorted(self.ends, at)]  # of the document at this place
             following = long_enough[np.searchsorted(long_enough, at) % len(long_enough)]
             at = np.where(at + n <= end, at, following)
         self.at = torch.from_numpy(at + n - overlap)
@@ -636,7 +636,7 @@ def mixed(rows, T):
     # make both for every row; rows that continue go back, to echo the text that they have just read
     text_tokens, text_part = text(rows, T)
     after_text = rows.at
-    rows.at = after_text - T
+    rows.at = after_text - T  # where the text began
     echo_tokens, echo_part = echo(rows, T)
     after_echo = rows.at
 
@@ -695,7 +695,8 @@ def passkey(rows, T, depth=None):
     """
     tokens, part = empty_windows(rows, T)
     encode = rows.corpus.encode
-    filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # > T tokens: a word has at least one
+    # every word is at least one token
+    filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens
     for b in range(rows.B):
         # told: the key and, from told[told_at] on, its repetition; asked: the question and, from asked_at on,
         # the answer
@@ -793,7 +794,7 @@ TASKS = {
     "mixed": (mixed, 50, ("text", "echo"), 0.0),
     "text": (text, 256, ("text",), 0.0),
     "copy": (copy, 64, ("copy", "stop"), 0.0),
-    "passkey": (passkey, 160, ("mention", "key"), 0.1),  # which teaches the filler
+    "passkey": (passkey, 160, ("mention", "key"), 0.1),  # the 0.1 teaches the filler
     "babilong": (babilong, 144, ("answer",), 0.0),
 }
 
@@ -816,7 +817,7 @@ def stream(task, rows, T, windows):
                 break
         batches.append(batch)
 
-    # in mixed a window may begin with another token than the last target of the one before, which is left out
+    # in mixed a window need not begin with the last target of the window before; then that target is left out
     for (tokens, part), (following, _) in itertools.pairwise(batches):
         part[:, -1] *= tokens[:, -1] == following[:, 0]
 
@@ -1052,10 +1053,10 @@ def effective_remembrance(model, tokens, starts, end):
 
 
 def babilong_score(output, answer, question, qa):
-    """BABILong's rule: up to its first '.' or tag, the output names the answer and no other label.
+    """BABILong's rule: up to its first '.' or tag, the output names the answer and no other possible answer.
 
-    Labels that the question names do not count, and upper and lower case are the same. output: what a model
-    wrote; qa: the number of the task, 1 to 5.
+    Possible answers (labels) that the question names do not count, and upper and lower case are the same.
+    output: what a model wrote; qa: the number of the task, 1 to 5.
     """
     # the answers of qa1 to qa4 are rooms, those of qa5 people and objects
     labels = ROOMS if qa < 5 else ("bill", "fred", "jeff", "mary", "apple", "football", "milk")
@@ -1187,7 +1188,7 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     paths: None for the Python standard library of this machine, else files, folders or globs: text, .jsonl
         with a "text" field, or nanoGPT's token files, train.bin and val.bin or one .bin of uint16
     tokenizer: a name for load_tokenizer; a .bin is tokenized already and takes only the vocabulary from it
-    vocab_size: that of a .bin whose tokenizer is not named (left at "bytes"); None: the highest token + 1
+    vocab_size: of a .bin, used if tokenizer is "bytes", its default; None: the highest token + 1
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -1205,7 +1206,7 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {source}")
 
-    # the pieces of both splits, each document after a bos; an empty one first, for a split that gets no other
+    # the pieces of both splits, each document after a bos; the empty first piece is for a split without any
     name = f"{len(documents)} documents of {source}"
     corpus = Corpus(name, None, None, **load_tokenizer(tokenizer)._asdict())
     dtype = np.uint16 if corpus.vocab_size <= 2**16 else np.uint32
@@ -1218,7 +1219,7 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
             cut = len(tokens) - len(tokens) // 10
             train += [bos, tokens[:cut]]
             val += [bos, tokens[cut:]]
-        elif zlib.crc32(key.encode(errors="surrogateescape")) % 20 == 0:
+        elif zlib.crc32(key.encode(errors="surrogateescape")) % 20 == 0:  # names of files may be no UTF-8
             val += [bos, tokens]
         else:
             train += [bos, tokens]
@@ -1361,9 +1362,9 @@ TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # all of those above
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
 FLA += ("expand_k", "expand_v", "hidden_ratio")
 
-# kind of checkpoint (mamba_ssm: "layer" in ssm_cfg; others: model_type): (our layer, its settings in
-# config.json, those in its ssm_cfg, our fields where a setting is missing)
-PADDED = dict(pad_vocab_size_multiple=8)  # as mamba_ssm does
+# {kind: (our layer, settings in config.json, settings in ssm_cfg, our fields where a setting is missing)}
+# The kind is model_type or, in mamba_ssm, the "layer" of ssm_cfg.
+PADDED = dict(pad_vocab_size_multiple=8)  # the default of mamba_ssm
 UNPADDED = dict(pad_vocab_size_multiple=1)  # the vocab_size of transformers includes the padding
 KINDS = {
     "Mamba1": ("mamba1", MAMBA_SSM, SSM_CFG_1, PADDED),
@@ -1373,8 +1374,8 @@ KINDS = {
     "gla": ("gla", FLA, (), {}),
 }
 
-# settings that change the formulas. REQUIRED has the values that we compute; a missing setting counts as the
-# first of them
+# settings that change the formulas. REQUIRED has the values that our formulas assume; a missing setting
+# counts as the first of them
 ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
 OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
 NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")

@@ -3,8 +3,8 @@
     python train.py --intervention state_passing
 
 is the main job: it pre-trains a tiny base model on the task echo, unless there is one. This base fails past
-its training length T. It post-trains the base with the intervention, and ends with a table, a verdict and a
-picture of the loss by position, before and after. Without --intervention it makes the base alone.
+its training length T. The job then post-trains it with the intervention, and ends with a table, a verdict and
+a picture of the loss by position, before and after. Without --intervention it makes the base alone.
 `--intervention zero` is the control, the same extra steps without a cure. Every run is one folder with
 checkpoint.pt, metrics.jsonl and what was measured of it. A run that was stopped goes on from its last
 checkpoint when it is started again in the same way. Several GPUs: torchrun --nproc-per-node N train.py ...;
@@ -46,23 +46,21 @@ TINY_MODELS = {  # they learn echo on a laptop in minutes
     "mamba1": dict(d_model=96, n_layer=2, d_state=16),
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
 }
-# Settings that the command line does not give. hold: the share of the steps after which the learning rate
+# Settings for what the command line leaves out. hold: the share of the steps after which the learning rate
 # begins to fall (0 is the paper's schedule); zero_prob: the share of the rows that start from zeros
 RECIPES = {
     "base": dict(steps=1400, lr=3e-3, hold=0.0, batch=64, zero_prob=0.0),
-    # with the steps, lr and hold of "base" it would hardly fail past T
-    "base of mixed": dict(
-        steps=1840, lr=5e-3, hold=0.85, batch=64, zero_prob=0.0
-    ),  # else it hardly fails past T
+    # with the steps, lr and hold of "base" a base on mixed would hardly fail past T
+    "base of mixed": dict(steps=1840, lr=5e-3, hold=0.85, batch=64, zero_prob=0.0),
     "cure": dict(steps=500, lr=1e-3, hold=0.0, batch=64, zero_prob=0.5),
     # the paper's steps; its zero_prob is our guess; for lr and accumulate see LARGE_LR and LARGE_TOKENS
     "cure of a large model": dict(steps=500, lr=None, hold=0.0, batch=8, zero_prob=0.1),
 }
 DEFAULTS = dict(accumulate=1, intervention="zero", carry="full", noise_std=1.0)  # of every recipe
 LARGE = 50e6  # a model with more parameters is large
-# {largest number of parameters: learning rate}, a tenth of that in pre-training, as in the paper
+# {largest number of parameters: learning rate}; the rate is a tenth of the paper's in pre-training
 LARGE_LR = {2e8: 6e-5, 5e8: 3e-5, 1e9: 2.5e-5, 2e9: 2e-5, math.inf: 1.6e-5}
-LARGE_TOKENS = 2**19  # of a step: as many micro-batches are accumulated
+LARGE_TOKENS = 2**19  # tokens of a step; micro-batches are accumulated until it has them
 # the next four are the paper's
 FINAL_LR = 1e-5
 WEIGHT_DECAY = 0.01
@@ -341,7 +339,7 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
 
         # one optimizer step, with the mean of the gradients of all ranks
         for parameter in model.parameters():
-            lg.mean_over_ranks(parameter.grad)
+            lg.mean_over_ranks(parameter.grad)  # in place
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         step_loss = lg.mean_over_ranks(step_loss).item()
         if not math.isfinite(step_loss + norm.item()):
@@ -407,6 +405,7 @@ def catch_signals():
             sys.exit(128 + number)
         signals.append(number)
 
+    # signal.signal returns the former handler
     former = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
@@ -440,7 +439,7 @@ def load_run(folder, run, model, optimizer, carried):
         model.load_state_dict(saved["model"])
         if step == run["settings"]["steps"]:  # a finished run, of which only the weights are needed
             return step, seconds
-        # the moments; the other settings of the optimizer are those of make_optimizer
+        # only the moments; the settings of the optimizer are those of make_optimizer
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved["optimizer"]["state"]))
         for weight_name, weight in model.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -502,13 +501,13 @@ def checksum(model):
 def sources(*roots, modules=("kernels", "lengthgen")):
     """{name: checksum} of the source of functions and classes, and of what they use, directly or not.
 
-    Of what they use, it follows the functions, classes and constants of the given modules.
+    Followed are only functions and classes of the given modules, and the constants that these name.
     """
     found = {}
     waiting = list(roots)
     while waiting:
         item = waiting.pop()
-        if isinstance(item, functools.partial):  # as an intervention of your own may be
+        if isinstance(item, functools.partial):  # an intervention that you add may be one
             found["arguments"] = zlib.crc32(repr((item.args, item.keywords)).encode())
             item = item.func
         if item.__qualname__ in found:
@@ -600,7 +599,7 @@ def loss_by_position(model, corpus, T, task, B=None, windows=64):
 class Progress:
     """Called with the share that is done, prints it and the time left every ten seconds.
 
-    What will take more than a minute is said at once.
+    Prints at once if more than a minute is left.
     """
 
     def __init__(self):
@@ -711,7 +710,7 @@ def draw(panels, path, title):
     figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * rows), layout="constrained")
     lines = {}  # the curves by name
     colours = {}  # by label
-    axes = {}  # the first panel with a label of y; the others with it have the same range
+    axes = {}  # {ylabel: its first panel}; later panels with this label share its range
     for i, panel in enumerate(panels):
         axis = figure.add_subplot(rows, columns, i + 1, sharey=axes.get(panel["ylabel"]))
         axes.setdefault(panel["ylabel"], axis)
@@ -730,7 +729,7 @@ def draw(panels, path, title):
             axis.text(1, 0.93, " T", transform=axis.get_xaxis_transform(), fontsize=9)
             axis.set_xscale("log", base=4)
             axis.xaxis.set_major_formatter("{x:.3g}")
-        elif "steps / steps" in panel["xlabel"]:  # logarithmic but for the base, which is at 0
+        elif "steps / steps" in panel["xlabel"]:  # of the figure "budget": the base is at 0
             axis.set_xscale("symlog", linthresh=0.01)
             axis.set_xticks([0, 0.01, 0.1, 0.36])
             axis.xaxis.set_major_formatter("{x:.0%}")
@@ -767,7 +766,7 @@ def fill_in(args, init):
         layer = init["config"]["layer"]
         if args.model not in (None, layer):
             raise ValueError(f"{args.init} is a {layer}, no {args.model}: leave --model out")
-        args.model = init["settings"]["model"]  # the name of a checkpoint, only for the folders of runs now
+        args.model = init["settings"]["model"]  # from here on only names folders; it may be any name
         args.task = args.task or init["settings"]["task"]
         args.T = args.T or init["settings"]["T"]
         if args.tokenizer is None:
@@ -839,9 +838,8 @@ def main(argv=None):
         print_rank0(f"base: {base_folder}, trained from zero states where it is not finished")
         tell_scan(model)
         recipe = "base of mixed" if args.task == "mixed" else "base"
-        options = (
-            () if args.intervention else OWN
-        )  # with --intervention, --steps, --lr and so on are the cure's
+        # with --intervention, --steps, --lr and so on are the cure's
+        options = () if args.intervention else OWN
         settings = settings_of(args, corpus, recipe, options)
         losses = train_and_measure(args, settings, model, corpus, base_folder, device)
     found = {"base": losses}

@@ -90,7 +90,7 @@ def passkey():
 
 
 def babilong():
-    title, labels = "Where is Mary?", ("base", "state_passing", "tbtt")
+    title, labels = "our own stories", ("base", "state_passing", "tbtt")
     words = "where {} of the answers are right ({} after state passing)"
     yield words.format(*at(1, "babilong", title, labels[:2]))
     words = "At 4 T {} are right from the base, {} from state passing and {} from TBTT, at 16 T {}, {} and {}"
