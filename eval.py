@@ -498,9 +498,7 @@ def parse_arguments(argv):
     p.add_argument("--data", nargs="+", metavar="PATH", help="with --init: text, or published BABILong files")
     p.add_argument("--tokenizer", help="with --init: as in train.py (that of its run)")
     p.add_argument("--windows", type=train.positive_type, help="with --init: longest stream, in T (64)")
-    p.add_argument(
-        "--rows", type=train.positive_type, help="with --init: how many streams, texts or stories (64)"
-    )
+    p.add_argument("--rows", type=train.positive_type, help="with --init: how many streams, texts or stories")
     p.add_argument("--prompt", help="sample: what comes first; babilong: a file of solved examples")
     p.add_argument("--tokens", type=train.positive_type, default=400, help="sample: how many to write")
     p.add_argument(
