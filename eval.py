@@ -55,8 +55,8 @@ def far_loss(model, corpus, T, task):
 def text_rise(model, corpus, T, task):
     """The loss by position on plain text, minus that in the range of positions that ends at T."""
     losses = train.loss_by_position(model, corpus, T, "text", B=128)
-    in_T = losses["values"]["text"][losses["x"].index(1)]
-    rise = [loss - in_T for loss in losses["values"]["text"]]
+    loss_in_T = losses["values"]["text"][losses["x"].index(1)]
+    rise = [loss - loss_in_T for loss in losses["values"]["text"]]
     return dict(
         xlabel=POSITION, ylabel="nats", x=losses["x"], values={"loss by position, minus that in T": rise}
     )
@@ -186,28 +186,29 @@ def babilong_accuracy(model, corpus, T, task, B=64, lengths=(1, 2, 4, 8, 16)):
 
 def exact_match(model, tokens, asked):
     """The share of rows where the likeliest token is the target at every place that is asked for (B, N)."""
-    wrong = lg.accuracy(model, tokens, asked) == 0  # NaN, where nothing is asked, is not 0
+    wrong = lg.accuracy(model, tokens, asked) == 0  # NaN (nothing asked) counts as not wrong
     return float((~wrong.any(1)).double().mean())
 
 
 # Which runs a figure compares, as {label in the figure: run}. A run "T26/base" lies under {out}/T26.
 # Interventions that are added to lengthgen.py are compared with the others on echo and on plain text.
 ADDED = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
+# mostly the label is the run
 PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
 MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
 ALL = {run: run for run in [*train.STYLES, *ADDED]}
 ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
 COPIES = {run: run for run in ["base", "zero", "state_passing"]}
-# the runs on BABILong, by the run on echo that each starts from
+# {run on echo that it starts from: run on BABILong}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
-# BUDGET has a dictionary in place of a run, {share of the base's 1400 steps: run}, drawn as one curve
+# BUDGET[label] is {share of the base's 1400 steps: run}: one curve, drawn from several runs
 SHORT_STEPS = (14, 28, 70, 140)
 BUDGET = {}
 for run in ALL_BUT_SCAN:
     if run != "base":
         shorter = {steps / 1400: f"steps{steps}/{run}" for steps in SHORT_STEPS}
-        BUDGET[run] = {0: "base", **shorter, 0.36: run}  # 500 steps, rounded
+        BUDGET[run] = {0: "base", **shorter, 500 / 1400: run}
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
 FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, task of the runs, runs), ...])
     "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
@@ -251,9 +252,9 @@ def draw_figure(name, args, corpus, device):
 
     Raises MissingRuns if there is no run for it.
     """
-    title, _, drawn = FIGURES[name]
+    title, _, comparisons = FIGURES[name]
     panels = []
-    for measure, task, runs in drawn:
+    for measure, task, runs in comparisons:
         # {label: measurements, one for each seed that is there}
         found = {}
         for label, run in runs.items():
@@ -331,7 +332,7 @@ def measure_series(runs, seed, measure, task, args, corpus, device):
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
-# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. So
+# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. For example,
 # {echo}-base-s{seed} is the folder of a base on echo.
 
 SHORT = "--init {echo}-base-s{seed} --out {out}/"  # the name of the folder follows
@@ -453,13 +454,13 @@ def given_babilong(args, model, settings, tokenizer):
         right = 0
         entries = lg.read_babilong(file, args.rows or 64)
         for text, question, answer in entries:
-            # in bytes the prompt ends with the space; other tokenizers have it in front of the next word
+            # the space before the answer is a token of its own in bytes, else part of the answer's first one
             prompt = f"{examples}{text} " if tokenizer == "bytes" else examples + text
             output = continuation(args, model, tokenizer, prompt, 16, 0.0)
             right += lg.babilong_score(output, answer, question, int(qa[1]))
         accuracy[file] = right / len(entries)
         print(f"{file}: {accuracy[file]:.3f} of {len(entries)}", flush=True)
-    path = os.path.join(args.out, f"babilong-{os.path.basename(os.path.abspath(args.init))}.json")
+    path = os.path.join(args.out, f"babilong-files-{os.path.basename(os.path.abspath(args.init))}.json")
     lg.write_text(path, json.dumps(dict(accuracy=accuracy, command=shlex.join(sys.argv)), indent=1))
     print(f"numbers: {path}")
 
@@ -519,7 +520,7 @@ def parse_arguments(argv):
     for name, takers in (("task", ["poswise"]), ("prompt", ["babilong", "sample"])):
         if getattr(args, name) is not None and args.what[0] not in takers:
             raise ValueError(f"--{name} goes with {' or '.join(takers)}, got {args.what[0]!r}")
-    args.windows = args.windows or 64
+    args.windows = args.windows or 64  # no default, so that it is refused above where it has no effect
     return args
 
 
@@ -557,8 +558,8 @@ def main(argv=None):
 
 
 # fill the cache of train.read_source before the file can change
-for _, _, drawn in FIGURES.values():
-    for measure, _, _ in drawn:
+for _, _, comparisons in FIGURES.values():
+    for measure, _, _ in comparisons:
         train.sources(measure, modules=("kernels", "lengthgen", "train", measure.__module__))
 
 if __name__ == "__main__":

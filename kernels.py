@@ -38,7 +38,8 @@ MIN_LOG_A = -30.0  # e^-30 of a float32 state is lost in the rounding of what is
 def check_and_clamp(q, k, v, log_a, state):
     """Assert that the shapes fit. Returns log_a, clamped at MIN_LOG_A, and B, T, G, H, K, V.
 
-    Without the clamp a huge log_a would round away the others in a chunk's sum, and -inf - -inf is NaN.
+    Without the clamp a very negative log_a would round away the others in a chunk's sum, and -inf - -inf is
+    NaN.
     """
     B, T, G, K = q.shape
     H, V = v.shape[2:]
@@ -118,7 +119,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         if padding:
             x = torch.cat([x.new_zeros(B, padding, *x.shape[2:]), x], 1)
         cut.append(x.unflatten(1, (n, L)).transpose(2, 3))
-    q, k, v, log_a = cut  # (B, n, G, L, K), the same, (B, n, G, L, J, V), (B, n, G, L, J or K)
+    q, k, v, log_a = cut  # q, k (B, n, G, L, K); v (B, n, G, L, J, V); log_a (B, n, G, L, J or K)
     b = log_a.cumsum(3)
     # b_L - b_s; at s = L a constant 0, because the gradients of b_L - b_L cancel only up to rounding
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
@@ -132,10 +133,10 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         v_out = v
         state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, K, 1, 1)
     else:  # v and, in step 4, the output take the decays, because the heads share q and k
-        # tril(-1) sets the exponent to 0 where s >= t, because e^(+large) could give inf * 0 = NaN in the
-        # gradient; the second tril sets the scores of s > t to 0
         b_row = b.transpose(3, 4)  # (B, n, G, J, L)
+        # tril(-1) comes before exp: where s > t, e^(+large) could be inf, and inf * 0 is NaN in the gradient
         pair_decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
+        # tril: the scores of s > t are 0
         scores = (q @ k.mT).tril()[:, :, :, None] * pair_decay  # (B, n, G, J, L, L)
         q_in = q
         k_out = k
@@ -165,10 +166,10 @@ def decayed_scores(q, k, b):
     """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: q, k, b (..., L, K) -> (..., L, L).
 
     e^(b_t - b_s) cannot be computed as e^(b_t) e^(-b_s): with strong decay e^(-b_s) overflows. Instead halve
-    the chunk, and its halves, down to single steps. Every pair s < t lies in the two halves of exactly one
-    piece. With m the last step of its first half, no exponent in e^(b_t - b_m) e^(b_m - b_s) is positive. So
-    all pieces of one size take one batched matmul: the q of second halves with the k of first halves. L is a
-    power of two, here 8:
+    the chunk, and its halves, down to single steps, and call all of them pieces. For every s < t there is one
+    piece with s in its first half and t in its second. With m the last step of the first half, no exponent in
+    e^(b_t - b_m) e^(b_m - b_s) is positive. So all pieces of one size take one batched matmul: the q of
+    second halves with the k of first halves. L is a power of two, here 8:
 
                s  0  1  2  3  4  5  6  7
         t = 0     x
@@ -188,8 +189,10 @@ def decayed_scores(q, k, b):
         shape = (L // (2 * half), 2, half)  # pieces, first or second half, steps
         b_first, b_second = b.unflatten(-2, shape).unbind(-3)  # (..., pieces, half, K)
         b_mid = b_first[..., -1:, :]  # (..., pieces, 1, K)
-        q_second = q.unflatten(-2, shape)[..., 1, :, :] * (b_second - b_mid).exp()
-        k_first = k.unflatten(-2, shape)[..., 0, :, :] * (b_mid - b_first).exp()
+        _, q_second = q.unflatten(-2, shape).unbind(-3)
+        k_first, _ = k.unflatten(-2, shape).unbind(-3)
+        q_second = q_second * (b_second - b_mid).exp()
+        k_first = k_first * (b_mid - b_first).exp()
         lower = q_second @ k_first.mT  # (..., pieces, half, half)
         # the block of a piece has the blocks of its halves on its diagonal, and `lower` below it
         first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)  # (..., pieces, half, half)
@@ -226,8 +229,8 @@ class TritonScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_a, state, tile):
-        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x.
-        # Zeros complete the last chunk, and are cut off again
+        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x. Pad
+        # T to whole chunks, sum within each chunk, and cut the padding off
         chunk, *_ = tile
         B, T, H, N = log_a.shape  # N is 1 or K
         b = torch.cat([log_a * math.log2(math.e), log_a.new_zeros(B, (-T) % chunk, H, N)], 1)
@@ -243,15 +246,14 @@ class TritonScan(torch.autograd.Function):
     def backward(ctx, do, dfinal):
         q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
-        decay_of, decay_of_mT = ("head", "head") if b.shape[3] == 1 else ("key", "value")
-        # q_dq is q * dq, k_dk is k * dk, before_T is S_T transposed, before step T writes; what q_dq and k_dk
-        # leave out is explained below
-        dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_mT, x=q)
-        dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_mT, reverse=True, x=k)
+        decay_of, decay_of_transposed = ("head", "head") if b.shape[3] == 1 else ("key", "value")
+        # q_dq is q * dq, k_dk is k * dk, both without s = t; before_T is S_T before step T writes, transposed
+        dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_transposed, x=q)
+        dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_transposed, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
 
-        # a_t scales all that a step s < t writes and a step u >= t, or R_T, reads. So d log a_t is all that
-        # is read from step t on, minus the part of it that was written from step t on:
+        # a_t scales what is written before step t and read at step t or later, R_T included. That is all that
+        # is read at t or later, minus what is both written and read there:
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
         # Two terms stand on both sides of the minus: (1) a step reads what it writes itself, (2) R_T reads
         # what step T writes. They would cancel but for rounding. So the kernel leaves (1) out of q_dq and
@@ -319,8 +321,8 @@ def choose_tile(q, v, per_channel):
 
     A program, one instance of the kernel, takes `chunk` steps at a time and owns `block` columns of the
     state; both are powers of two from 16 on. It runs in `warps` groups of 32 threads, and with 2 stages it
-    loads a chunk while it computes another. These choices spill few registers and fit into the 99 KB of
-    shared memory that small GPUs have.
+    loads a chunk while it computes another. These choices keep the state in registers and need at most the
+    99 KB of shared memory that small GPUs have.
     """
     B, _, H, V = v.shape
     K = q.shape[3]
@@ -338,8 +340,8 @@ def choose_tile(q, v, per_channel):
 def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     """Run one role of the table in TritonScan; K and V are those of the role, swapped in dq and dk.
 
-    x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * o without the
-    term of the step itself (s = t), which is summed over V if there is one decay per head.
+    x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * (o less its
+    term s = t), summed over V if there is one decay per head.
     """
     T = v.shape[1]
     B, H, K, V = state.shape
@@ -452,7 +454,7 @@ if triton is not None:
                 y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
                 y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
             else:
-                # a decay per column: v_s decays to the midpoint, then the sum decays from there to step t
+                # a decay per column: v_s decays to the midpoint, then the sum over s from the midpoint to t
                 scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
                 qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
                 y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
@@ -512,7 +514,7 @@ def choose_backend(device, dtype, K, V):
         if dtype not in KERNEL_DTYPES or K > MAX_K:
             return "chunked", f"the kernel takes no {dtype} with K = {K}"
         if torch.cuda.get_device_capability(device) < (8, 0):
-            return "chunked", "the kernel needs a GPU of compute capability 8.0"
+            return "chunked", "the kernel needs a GPU of compute capability 8.0 or higher"
         return "triton", "one fused kernel on NVIDIA GPUs"
     if V == 1:  # Mamba-1: a chunk would compute L^2 scores to mix only L numbers
         return "recurrent", "with V = 1 chunks cost more than they save"

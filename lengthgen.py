@@ -10,7 +10,7 @@ is a section of its version 1. Sections 1 to 4 of this file are its method; the 
     3 blocks and the language model        Appendix A: text and tokenizers
     4 the interventions                    Appendix B: checkpoints of other libraries
 
-    B batch    T length (of training, when nothing else is said)    D model width    C vocabulary
+    B batch    T length of the input, from section 5 on the training length    D model width    C vocabulary
     H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
     Mamba's own B and C are called k and q here.
 """
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import kernels
-from kernels import scan  # a global of this file, which changed_decay in section 6 replaces for a while
+from kernels import scan  # the layers find it by this name, so that changed_decay can swap it
 
 # ---- 1. Configuration and state ----
 
@@ -99,11 +99,14 @@ class LayerState(NamedTuple):
 
 
 def map_state(function, *states):
-    """Apply a function to each tensor of a state, a list of LayerState, or to matching tensors of several."""
+    """Apply a function to the tensors of a state, or to the matching tensors of several states.
+
+    A state is a list of LayerState.
+    """
     new_state = []
-    for same_layer in zip(*states, strict=True):  # one layer, in each of the states
-        convs = [layer.conv for layer in same_layer]
-        scans = [layer.scan for layer in same_layer]
+    for layers in zip(*states, strict=True):  # layers[i] is this layer in states[i]
+        convs = [layer.conv for layer in layers]
+        scans = [layer.scan for layer in layers]
         conv = None if convs[0] is None else function(*convs)
         new_state.append(LayerState(conv, function(*scans)))
     return new_state
@@ -172,7 +175,7 @@ class Mamba2(nn.Module):
         k, q = k.view(B, T, G, K), q.view(B, T, G, K)
 
         # the recurrence: a large step size dt writes much and forgets much
-        dt = F.softplus(dt + self.dt_bias)  # (B, T, H); float32 even where autocast computes in bfloat16
+        dt = F.softplus(dt + self.dt_bias)  # (B, T, H), float32 because dt_bias is
         v = (dt[..., None] * x).to(x.dtype)  # (B, T, H, V)
         log_a = -dt * self.A_log.exp()  # (B, T, H)
         o, scan_state = scan(q, k, v, log_a, state.scan, self.backend)  # (B, T, H, V), (B, H, K, V)
@@ -244,12 +247,12 @@ class GLA(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.H, self.V))  # (B, T, H, V)
 
         # the decay of each key channel, in float32 even where autocast computes in bfloat16
-        gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
-        log_a = F.logsigmoid(gate) / 16  # (B, T, H, K)
+        decay_gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
+        decay_gate = decay_gate.to(torch.promote_types(decay_gate.dtype, torch.float32))
+        log_a = F.logsigmoid(decay_gate) / 16  # (B, T, H, K)
         o, scan_state = scan(q, k, v, log_a, state.scan, self.backend)  # (B, T, H, V), (B, H, K, V)
 
-        # a norm over the channels of each head, then the gate
+        # a norm over the channels of each head, then the output gate
         y = self.g_norm_swish_gate(o).flatten(-2) * F.silu(self.g_proj(x))  # (B, T, H V)
         return self.o_proj(y), LayerState(None, scan_state)
 
@@ -295,7 +298,7 @@ class Mamba1(nn.Module):
 
         # step size, key and query all depend on the output of the convolution
         dt, k, q = self.x_proj(x).split([self.dt_rank, self.K, self.K], dim=-1)
-        # dt_proj(dt), but with the bias added in float32; under autocast dt_proj would return bfloat16
+        # dt_proj(dt), with the bias added outside of it: a float32 bias makes dt float32 under autocast
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)  # (B, T, H)
         v = (dt * x).to(x.dtype)  # (B, T, H)
         log_a = -dt[..., None] * self.A_log.exp()  # (B, T, H, K)
@@ -350,7 +353,7 @@ class SwiGLU(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """logits, state = model(tokens, state=None)
+    """logits, state = model(tokens, state=None, last_only=False)
 
     tokens: (B, T) int64 below vocab_size, T >= 1; logits: (B, T, vocab_size)
     state: a list with one LayerState per layer, or None to start from zeros. The returned state is new, and
@@ -425,7 +428,7 @@ class LanguageModel(nn.Module):
 
 
 def zero(state, stats, rng):
-    """Start from zeros: ordinary training. Run for equally many steps, it is the control of the others."""
+    """Start from zeros: ordinary training. As many steps of it are the control of the other interventions."""
     return map_state(torch.zeros_like, state)
 
 
@@ -509,7 +512,7 @@ class StateStatistics:
         """Take in the final state of one more micro-batch; in a distributed run, of all ranks."""
         mean = map_state(batch_mean, state)
         mean_square = map_state(lambda x: batch_mean(x.float() ** 2), state)
-        if self.count == 0:  # the weight below is then 1
+        if self.count == 0:  # the weight below is then 1, so they stay
             self.mean = mean
             self.mean_square = mean_square
         self.count += 1
@@ -585,8 +588,7 @@ class Rows:
         at = self.at.numpy()
         at = np.where(at > last, 0, at)
 
-        # a row whose document ends too early goes to the next one that is long enough, or after the last such
-        # document to the first
+        # a row whose document ends too early goes to the next one that is long enough (% wraps to the first)
         if inside_document:
             long_enough = self.begins[self.ends - self.begins >= n]
             if not len(long_enough):
@@ -662,19 +664,19 @@ def copy(rows, T, shortest=5, longest=20):
     if T < 2 * longest + 3:  # else a window could hold nothing to copy, and have no loss
         raise ValueError(f"copy needs a T of at least {2 * longest + 3}, the longest string twice, got {T}")
     tokens, part = empty_windows(rows, T)
-    tokens[:] = ord("$")
+    tokens[:] = ord("$")  # the last target of a window is the $ of the next one
     for b in range(rows.B):
         start = 0
         while start < T:
             n = int(torch.randint(shortest, longest + 1, (), generator=rows.rng))
             letters = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).numpy()
             string = [ord("$"), *letters, ord("|"), *letters, ord(".")]
-            stop = start + len(string)
-            tokens[b, start : min(stop, T)] = string[: T - start]
-            if stop <= T:
-                # part i is that of token i + 1: of the letters behind |, then of the stop
-                part[b, start + n + 1 : stop - 1] = [1] * n + [2]
-            start = stop
+            end = start + len(string)
+            tokens[b, start : min(end, T)] = string[: T - start]
+            if end <= T:
+                # part[i] belongs to token i + 1: n copied letters, then the "."
+                part[b, start + n + 1 : end - 1] = [1] * n + [2]
+            start = end
     return tokens, part
 
 
@@ -687,7 +689,7 @@ def passkey(rows, T, depth=None):
     targets  The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass
     part     ....................................................11111............................
     targets   is green.|What is the pass key? The pass key is 30719<bos>
-    part     .................................................22222.
+    part     .................................................22222.           1 mention, 2 key
 
     The window takes two lines here, | marks joints and . is part 0. The picture is in bytes, but any
     tokenizer will do. depth: the share of the filler that comes before the key; None draws a place for each
@@ -698,14 +700,14 @@ def passkey(rows, T, depth=None):
     # every word is at least one token
     filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens
     for b in range(rows.B):
-        # told: the key and, from told[told_at] on, its repetition; asked: the question and, from asked_at on,
-        # the answer
+        # told[told_at:] is the second mention of the key, asked[asked_at:] is the answer
         key = f"{int(torch.randint(10**5, (), generator=rows.rng)):05}"
         told, told_at = encode_answer(rows.corpus, f"The pass key is {key}. Remember it.", key)
         asked, asked_at = encode_answer(rows.corpus, "What is the pass key? The pass key is", key)
         rest = list(encode(" is the pass key. "))
 
-        # the filler fills the window; `before` is drawn even if depth is given, so that the keys are the same
+        # the filler fills the window; `before` is drawn even if depth is given, so that the rows have the
+        # same keys at every depth
         n = T - 1 - len(told) - len(rest) - len(asked)  # tokens of filler
         if n < 0:
             raise ValueError(f"passkey needs a T of at least {T - n}, got {T}")
@@ -768,7 +770,7 @@ def babilong(rows, T):
         raise ValueError(f"babilong needs a T of at least 128, got {T}")
     tokens, part = empty_windows(rows, T)
     background = rows.next_batch(T)
-    ends_line = [token for token in np.unique(background) if "\n" in rows.corpus.decode([token])]
+    newline_tokens = [token for token in np.unique(background) if "\n" in rows.corpus.decode([token])]
     for b in range(rows.B):
         facts, question, answer = babi(rows.rng)
         facts = [list(rows.corpus.encode(f"{fact} ")) for fact in facts]
@@ -776,7 +778,7 @@ def babilong(rows, T):
         n = T - 1 - sum(map(len, facts)) - len(asked)  # tokens of background
 
         # a fact stands between lines, so its drawn place moves on to the end of the line
-        line_ends = np.append(np.flatnonzero(np.isin(background[b, :n], ends_line)) + 1, n)
+        line_ends = np.append(np.flatnonzero(np.isin(background[b, :n], newline_tokens)) + 1, n)
         places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.numpy()
         places = line_ends[np.searchsorted(line_ends, places)]
         window = [*background[b, :n], *asked]
@@ -788,7 +790,8 @@ def babilong(rows, T):
     return tokens, part
 
 
-# name: (function, default T, names of the parts, how much the loss on all targets adds to that on the parts)
+# name: (function, default T, names of the parts, share)
+# The loss is that on the parts plus share times that on all targets.
 TASKS = {
     "echo": (echo, 50, ("text", "echo"), 0.0),
     "mixed": (mixed, 50, ("text", "echo"), 0.0),
@@ -802,7 +805,7 @@ TASKS = {
 def stream(task, rows, T, windows):
     """Join consecutive windows of a task: tokens (B, windows*T + 1), part (B, windows*T).
 
-    rows must continue. The stream ends early, before a row reads the same text twice.
+    rows must continue. If a row would read the same text twice, the stream ends there.
     """
     batches = [task(rows, T)]
     N = len(rows.tokens)
@@ -811,13 +814,12 @@ def stream(task, rows, T, windows):
         at = rows.at
         batch = task(rows, T)
         if at is not None:  # the task reads text
-            # how far the row has moved, modulo N; a whole turn counts as N, not as 0
-            advanced += (rows.at - at - 1) % N + 1
-            if advanced.max() > N - T:
+            advanced += (rows.at - at - 1) % N + 1  # 1 to N: a whole turn is N, not 0
+            if advanced.max() > N - T:  # the first window has read T more
                 break
         batches.append(batch)
 
-    # in mixed a window need not begin with the last target of the window before; then that target is left out
+    # in mixed the last target of a window may differ from the first token of the next; then it does not count
     for (tokens, part), (following, _) in itertools.pairwise(batches):
         part[:, -1] *= tokens[:, -1] == following[:, 0]
 
@@ -946,14 +948,14 @@ def accuracy(model, tokens, part):
     tokens (B, N+1), part (B, N) -> (B, N) float64: 1 right, 0 wrong, NaN where part is 0. Greedy decoding
     gives a whole answer if and only if all targets of the answer are right here.
     """
-    # up to the first target that is asked for, the tokens are only read
-    asked = torch.from_numpy(part) != 0
-    first = int(asked.any(0).int().argmax())
+    # up to the first column with a target that counts, the tokens are only read
+    counted = torch.from_numpy(part) != 0
+    first = int(counted.any(0).int().argmax())
     state = prefill(model, tokens[:, :first])[1] if first else None
     right = [torch.full((len(tokens), first), math.nan, dtype=torch.float64)]
     for _, logits, targets in read_stream(model, tokens[:, first:], segment_for(len(tokens)), state):
         right.append((logits.argmax(-1) == targets).cpu().double())
-    return torch.cat(right, 1).masked_fill(~asked, math.nan)
+    return torch.cat(right, 1).masked_fill(~counted, math.nan)
 
 
 @torch.no_grad()
@@ -1038,22 +1040,22 @@ def effective_remembrance(model, tokens, starts, end):
 
     # x[0:] and the suffixes x[t:] run as one batch, which grows by B rows from zeros at each t
     state = zero_state
-    runs = 1
+    copies = 1
     for start, stop in itertools.pairwise([0, *starts, end]):
         if start > 0:
             state = map_state(lambda x, new_rows: torch.cat([x, new_rows]), state, zero_state)
-            runs += 1
-        if start < stop:
-            _, state = model(tokens[:, start:stop].repeat(runs, 1), state)
+            copies += 1
+        if start < stop:  # the last t may be `end` itself
+            _, state = model(tokens[:, start:stop].repeat(copies, 1), state)
 
     # from `end` on compare the predictions of each suffix with those of the whole
-    logits, _ = model(tokens[:, end:].repeat(runs, 1), state)
-    p = logits.float().softmax(-1).unflatten(0, (runs, -1))  # (1 + len(starts), B, N - end, C)
+    logits, _ = model(tokens[:, end:].repeat(copies, 1), state)
+    p = logits.float().softmax(-1).unflatten(0, (copies, -1))  # (1 + len(starts), B, N - end, C)
     return ((p[1:] - p[:1]).abs().sum(-1) / 2).cpu()
 
 
 def babilong_score(output, answer, question, qa):
-    """BABILong's rule: up to its first '.' or tag, the output names the answer and no other possible answer.
+    """BABILong's rule: up to its first ".", <context> or <example>, the output names only the answer.
 
     Possible answers (labels) that the question names do not count, and upper and lower case are the same.
     output: what a model wrote; qa: the number of the task, 1 to 5.
@@ -1080,7 +1082,7 @@ def reading(file, what):
         reason = str(error)
         if isinstance(error, ImportError):
             reason = f"{error}: pip install huggingface_hub safetensors tokenizers"
-        elif isinstance(error, pickle.UnpicklingError):  # PyTorch's text would explain how to run that code
+        elif isinstance(error, pickle.UnpicklingError):  # PyTorch's message tells how to execute it
             reason = "it is damaged, or holds code that would be executed"
         elif not isinstance(error, (ValueError, AssertionError)):
             reason = f"{type(error).__name__}: {error}"  # a KeyError, for one, says nothing but the key
@@ -1136,7 +1138,7 @@ def load_tokenizer(name):
         if not os.path.isfile(name):
             file = os.path.join(find_folder(name, "tokenizer.json"), "tokenizer.json")
         tokenizer = tokenizers.Tokenizer.from_file(file)
-        tokenizer.encode_special_tokens = True  # as plain characters
+        tokenizer.encode_special_tokens = True  # despite its name: they become plain characters
 
         def encode(text):
             return tokenizer.encode(text, add_special_tokens=False).ids
@@ -1144,11 +1146,11 @@ def load_tokenizer(name):
         # The file does not say which token is bos: take the first of END_OF_TEXT, else the first special
         # token, else the last word. sep is another special token, else the same one
         ids = tokenizer.get_vocab()
-        special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        special_ids = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         words = max(ids.values()) + 1  # there may be gaps between the ids
-        candidates = [ids[word] for word in END_OF_TEXT if word in ids] + special + [words - 1]
+        candidates = [ids[word] for word in END_OF_TEXT if word in ids] + special_ids + [words - 1]
         bos = candidates[0]
-        sep = next((i for i in special if i != bos), bos)
+        sep = next((i for i in special_ids if i != bos), bos)
         return Tokenizer(words, (bos, sep), encode, tokenizer.decode)
 
 
@@ -1187,17 +1189,18 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
 
     paths: None for the Python standard library of this machine, else files, folders or globs: text, .jsonl
         with a "text" field, or nanoGPT's token files, train.bin and val.bin or one .bin of uint16
-    tokenizer: a name for load_tokenizer; a .bin is tokenized already and takes only the vocabulary from it
-    vocab_size: of a .bin, used if tokenizer is "bytes", its default; None: the highest token + 1
+    tokenizer: a name for load_tokenizer; a .bin is tokenized already and takes only the vocabulary from it,
+        and for a .bin "bytes" means unknown
+    vocab_size: of a .bin of an unknown tokenizer; None: its highest token + 1
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     files = list_files(paths)
-    bins = sorted(file for file, _ in files if file.endswith(".bin"))
-    names = [os.path.basename(file) for file in bins]
-    if names == ["train.bin", "val.bin"] or (bins and len(files) == 1):
-        return load_bins(bins, tokenizer, vocab_size)
-    if bins:
+    bin_files = sorted(file for file, _ in files if file.endswith(".bin"))
+    names = [os.path.basename(file) for file in bin_files]
+    if names == ["train.bin", "val.bin"] or (bin_files and len(files) == 1):
+        return load_bins(bin_files, tokenizer, vocab_size)
+    if bin_files:
         raise ValueError(f"a .bin stands alone, or is train.bin beside val.bin, got {len(files)} files")
 
     # {text: key}, so that equal texts become one document
@@ -1236,7 +1239,7 @@ def load_bins(files, tokenizer, vocab_size):
             # refuse files of NumPy, torch.save (a zip) and llm.c (two versions) by their first bytes
             start = tokens[:2].tobytes()
             has_header = start in (b"\x93NUM", b"PK\3\4", b"\x88\xd8\x34\x01", b"\xa1\xd9\x34\x01")
-            # refuse numbers of 32 or 64 bits, in which every second uint16 is nearly zero
+            # refuse numbers of 32 or 64 bits: below 4 * 2^16 every second uint16 of them is below 4
             low, high = sorted([tokens[::2].max(), tokens[1::2].max()])
             if has_header or low < 4 <= high:
                 raise ValueError("it has a header, or more than 16 bits for each token")
@@ -1358,7 +1361,7 @@ OUR_FIELD = {  # a setting's name there: our field, where they differ
     "n_groups": "ngroups",
     "time_step_rank": "dt_rank",
 }
-TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # all of those above are settings of transformers
+TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # every key of OUR_FIELD is one
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
 FLA += ("expand_k", "expand_v", "hidden_ratio")
 
@@ -1471,9 +1474,9 @@ def load_weights(name):
     raise ValueError(f"{name} has no checkpoint: no {CHECKPOINT}, model.safetensors or pytorch_model.bin")
 
 
-def import_settings(settings):
+def import_settings(theirs):
     """The ModelConfig of another library's config.json."""
-    settings = dict(settings)
+    settings = dict(theirs)
     settings.update(settings.pop("ssm_cfg", None) or {})
     kind = settings.pop("model_type", None) or settings.pop("layer", None) or "Mamba1"
     if kind not in KINDS:
@@ -1484,7 +1487,7 @@ def import_settings(settings):
     if kind == "mamba2":
         settings.pop("norm_before_gate", None)  # published files have it, transformers does not read it
     if settings.get("num_kv_heads") == settings.get("num_heads", 4):
-        settings.pop("num_kv_heads", None)  # equal numbers of heads are what we compute
+        settings.pop("num_kv_heads", None)  # as many as heads means the same as None
     for required, values in REQUIRED.items():
         for name in required:
             value = settings.pop(name, values[0])
@@ -1563,8 +1566,11 @@ def export_model(model, folder, dtype=torch.float32):
         if field not in names and getattr(config, field) != getattr(assumed, field):
             raise ValueError(f"the other library has no setting for {field} {getattr(config, field)}")
     for pattern in (CHECKPOINT, "model*.safetensors", "pytorch_model-*.bin"):
-        for file in glob.glob(os.path.join(glob.escape(folder), pattern)):
-            raise ValueError(f"{file} would be read instead of what is written here: choose another folder")
+        found = glob.glob(os.path.join(glob.escape(folder), pattern))
+        if found:
+            raise ValueError(
+                f"{found[0]} would be read instead of what is written here: choose another folder"
+            )
 
     # the weights by the library's names; a tied one is stored once, because both names share its memory
     weights = {}

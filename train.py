@@ -453,9 +453,10 @@ def load_run(folder, run, model, optimizer, carried):
 # A run is its settings, the sizes of its model, its text, the weights that it starts from, and the source of
 # what it runs. Training goes on in a folder, or takes it as finished, only if all of these are the same.
 
-# not compared: names of things that have a checksum, and settings and constants that change no result
+# not compared: names of things that have a checksum, settings that change no result, and the constants (in
+# capitals) that sources() finds and that change none
 NOT_COMPARED = ("tokenizer", "data", "init", "backend", "recompute", "RANK", "INTERPRETED", "SAVE_EVERY")
-INITIAL_WEIGHTS = "set of initial weights"  # the name of their checksum
+INITIAL_WEIGHTS = "set of initial weights"  # the key of their checksum; messages say "made by another ..."
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 # the code of all runs, and of all models; a run also has that of its task, intervention and layer
@@ -499,9 +500,9 @@ def checksum(model):
 
 
 def sources(*roots, modules=("kernels", "lengthgen")):
-    """{name: checksum} of the source of functions and classes, and of what they use, directly or not.
+    """{name: checksum} of functions and classes, and of all that their sources name, followed recursively.
 
-    Followed are only functions and classes of the given modules, and the constants that these name.
+    Followed are only functions and classes of the given modules, and numbers, texts and tuples by name.
     """
     found = {}
     waiting = list(roots)
@@ -564,7 +565,7 @@ def load_or_measure(folder, measure, model, corpus, T, task):
     if RANK > 0:
         return None
     task_function = lg.TASKS[task][0]
-    modules = ("kernels", "lengthgen", "train", measure.__module__)
+    modules = ("kernels", "lengthgen", "train", measure.__module__)  # a measurement depends on all of them
     made_from = sources(measure, task_function, *MODEL, lg.LAYERS[model.config.layer], modules=modules)
     made_from.update(weights=checksum(model), text=corpus.checksum, T=T, task=task)
     file = Path(folder, f"{measure.__name__}.json")
@@ -597,19 +598,20 @@ def loss_by_position(model, corpus, T, task, B=None, windows=64):
 
 
 class Progress:
-    """Called with the share that is done, prints it and the time left every ten seconds.
+    """progress(share) prints the share that is done and the time left, every ten seconds.
 
-    Prints at once if more than a minute is left.
+    The first time it prints at once if more than a minute is left.
     """
 
     def __init__(self):
-        self.started = self.printed = time.time()
+        self.started = time.time()
+        self.printed = None  # when it printed last
 
     def __call__(self, done):
         now = time.time()
         left = (now - self.started) * (1 - done) / done
-        nothing_printed = self.printed == self.started
-        if now - self.printed > 10 or (nothing_printed and left > 60):
+        is_time = now - (self.printed or self.started) > 10
+        if is_time or (self.printed is None and left > 60):
             self.printed = now
             print(f"  {done:4.0%}  {clock(left)} left", flush=True)
 
@@ -710,12 +712,12 @@ def draw(panels, path, title):
     figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * rows), layout="constrained")
     lines = {}  # the curves by name
     colours = {}  # by label
-    axes = {}  # {ylabel: its first panel}; later panels with this label share its range
+    first_axis = {}  # by ylabel; later panels with the same ylabel share its range
     for i, panel in enumerate(panels):
-        axis = figure.add_subplot(rows, columns, i + 1, sharey=axes.get(panel["ylabel"]))
-        axes.setdefault(panel["ylabel"], axis)
+        axis = figure.add_subplot(rows, columns, i + 1, sharey=first_axis.get(panel["ylabel"]))
+        first_axis.setdefault(panel["ylabel"], axis)
         for label, (x, values) in panel["curves"].items():
-            # a run has the same colour in all panels
+            # a run has the same colour in all panels; without a style it takes matplotlib's next colour
             _, colour, style = style_of(label)
             colour = colours.setdefault(label, colour or f"C{len(colours)}")
             line = axis.plot(x, np.mean(values, 0), style, color=colour, marker=".")[0]
@@ -792,7 +794,7 @@ def settings_of(args, corpus, recipe, options):
 def check_vocabulary(model, corpus, name):
     """Raise ValueError if the model was trained with another tokenizer than the corpus was read with."""
     known = model.config.vocab_size
-    if not 0 <= known - corpus.vocab_size < 128:  # checkpoints of transformers may count padding as words
+    if not 0 <= known - corpus.vocab_size < 128:  # transformers counts padding, less than 128, as words
         counts = f"{name} knows {known} tokens, the corpus has {corpus.vocab_size}"
         raise ValueError(f"{counts}: choose the --tokenizer that it was trained with")
 
@@ -895,7 +897,7 @@ def run_command(main):
         sys.exit(1)
 
 
-# Fill the cache of read_source now: the files may be edited while this process runs what they held
+# Read all sources now, before an edit during the run can change them
 sources(loss_by_position, *TRAINING, *MODEL, *lg.LAYERS.values(), modules=("kernels", "lengthgen", __name__))
 for function, *_ in (*lg.TASKS.values(), *lg.INTERVENTIONS.values()):
     sources(function)

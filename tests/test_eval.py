@@ -623,7 +623,7 @@ def test_published_babilong_is_read_as_a_list_or_by_line_and_scored(reproduced, 
     ev.main(["babilong", "--init", run, "--prompt", str(tmp_path / "examples.txt"), *options, files[0]])
     assert heard == ["Bob is in the hall. Where is Bob? hall.\n\n" + asked] * 2
     ev.main(["babilong", "--init", run, *options, *files])
-    with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
+    with open(os.path.join(out, "babilong-files-mamba2-echo-base-s0.json")) as f:
         assert list(json.load(f)["accuracy"].values()) == [0.5, 0.5]
     not_babilong = "qa3.json line 1 cannot be read as a JSON object with input, question, target"
     for bad, sentence in (
@@ -685,7 +685,7 @@ def test_the_name_of_a_published_babilong_file_tells_its_task_whatever_its_folde
     options = ["--init", run, "--out", out, "--device", "cpu", "--data"]
     ev.main(["babilong", *options, str(folder / "qa1_0k.json")])
     assert [qa for *_, qa in scored] == [1]
-    with open(os.path.join(out, "babilong-mamba2-echo-base-s0.json")) as f:
+    with open(os.path.join(out, "babilong-files-mamba2-echo-base-s0.json")) as f:
         assert list(json.load(f)["accuracy"].values()) == [1]
     with pytest.raises(ValueError, match=r"qa12\.json has none of qa1 to qa5 in its name"):
         ev.main(["babilong", *options, str(folder / "qa12.json")])
