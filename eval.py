@@ -53,13 +53,13 @@ def far_loss(model, corpus, T, task):
 
 
 def text_rise(model, corpus, T, task):
-    """The loss by position on plain text, minus that in the range of positions that ends at T."""
+    """The loss by position on plain text from T on, minus that in the range of positions that ends at T."""
     losses = train.loss_by_position(model, corpus, T, "text", B=128)
-    loss_in_T = losses["values"]["text"][losses["x"].index(1)]
-    rise = [loss - loss_in_T for loss in losses["values"]["text"]]
-    return dict(
-        xlabel=POSITION, ylabel="nats", x=losses["x"], values={"loss by position, minus that in T": rise}
-    )
+    in_T = losses["x"].index(1)
+    x = losses["x"][in_T:]
+    from_T = losses["values"]["text"][in_T:]
+    rise = [loss - from_T[0] for loss in from_T]
+    return dict(xlabel=POSITION, ylabel="nats", x=x, values={"loss by position, minus that in T": rise})
 
 
 def gap(model, corpus, T, task, B=128):
@@ -68,8 +68,7 @@ def gap(model, corpus, T, task, B=128):
     tokens, _ = held_out_streams("text", corpus, T, B, ends[-1])
     gaps = lg.paired_gap(model, tokens, T)
     means = [float(gaps[end // 2 : end].mean()) for end in ends]
-    title = "the same text after the whole past, minus after T"
-    return dict(xlabel=POSITION, ylabel="nats", x=ends, values={title: means})
+    return dict(xlabel=POSITION, ylabel="nats", x=ends, values={"the paired gap": means})
 
 
 def state_growth(model, corpus, T, task, B=64):

@@ -737,8 +737,10 @@ def draw(panels, path, title):
             axis.xaxis.set_major_formatter("{x:.0%}")
         axis.set_title(panel["title"], fontsize=10)
         axis.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"])
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
+    # all begin at 0 or below; only now, because it ends the search for a range that fits
+    for axis in figure.axes:
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     # white, which reads on light and dark pages alike

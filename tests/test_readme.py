@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MINUS, TIMES = "d: log_a minus d", "c: log_a times c"
-GAP = "the same text after the whole past, minus after T"
+GAP = "the paired gap"
 
 
 def curve(figure, title, label, xlabel=None, model="mamba2"):
@@ -73,20 +73,31 @@ def forgetting():
     yield "at the best d {:.2f}, at the best c {:.2f})".format(*best)
 
 
+def budget():
+    """The loss at 64 T of the base, and after each number of steps of state passing."""
+    words = "{} (base), {}, {}, {}, {} and {}"
+    for title in ("text", "echo"):
+        losses = curve("budget", title, "state_passing").values()
+        yield words.format(*(f"{loss.mean():.2f}" for loss in losses))
+
+
 def plain_text():
-    labels = ("base", "zero", "state_passing", "tbtt", "fitted_noise", "random_noise")
-    words = "{} nats in the base, {} in the control, {} after state passing"
-    yield words.format(*at(64, "text", GAP, labels[:3], ".3f"))
-    yield "(TBTT {}, fitted noise {}, random noise {})".format(*at(64, "text", GAP, labels[3:], ".3f"))
+    """The two rows of the table: the rise past T, and the paired gap."""
+    labels = ("base", "zero", "random_noise", "fitted_noise", "state_passing", "tbtt")
+    for title in ("loss by position, minus that in T", GAP):
+        yield f"| {' | '.join(at(64, 'text', title, labels, '.3f'))} |"
 
 
 def passkey():
-    found = []
-    for distance in (1, 3, 8):
-        title = f"up to {distance} T of filler after the key"
-        found += at(64, "passkey", title, ("fitted_noise", "zero"))
-    yield "up to 1 T of filler after it {} with fitted noise and {} in the control".format(*found[:2])
-    yield "up to 3 T {} and {}, up to 8 T {} and {}".format(*found[2:])
+    found = {}
+    for x in (4, 8):
+        for label in ("zero", "state_passing", "fitted_noise"):
+            cells = []
+            for depth in (0.1, 0.5, 0.9):
+                cells += at(x, "passkey", f"the key at depth {depth}", [label])
+            found[x, label] = ", ".join(cells).replace("0.", ".")
+    words = "at 4 T control {}, state passing {}, fitted noise {}; at 8 T {} against {} and {}"
+    yield words.format(*found.values())
 
 
 def babilong():
@@ -108,11 +119,6 @@ def gla():
         *at(64, "interventions", "echo", labels, model="gla"),
     ]
     yield words.format(*cells)
-    for title in ("text", "echo"):
-        base = curve("forgetting", title, "base", MINUS, model="gla")
-        cured = curve("forgetting", title, "state_passing", MINUS, model="gla")
-        best = min(x.mean() for x in base.values())
-        yield f"on {title} {best:.2f} at the best d, {cured[0].mean():.2f} after state passing"
 
 
 def copying():
@@ -151,6 +157,7 @@ PARTS = (
     main_table,
     interventions,
     forgetting,
+    budget,
     plain_text,
     passkey,
     babilong,
