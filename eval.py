@@ -192,13 +192,13 @@ def exact_match(model, tokens, asked):
 # Which runs a figure compares, as {label in the figure: run}. A run "T26/base" lies under {out}/T26.
 # Interventions that are added to lengthgen.py are compared with the others on echo and on plain text.
 ADDED = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
-# mostly the label is the run
+# in most of them a run is its own label
 PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
 MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
 ALL = {run: run for run in [*train.STYLES, *ADDED]}
 ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
 COPIES = {run: run for run in ["base", "zero", "state_passing"]}
-# {run on echo that it starts from: run on BABILong}
+# {run on echo: the run on BABILong that starts from it}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
 # BUDGET[label] is {share of the base's 1400 steps: run}: one curve, drawn from several runs
@@ -315,10 +315,10 @@ def measure_run(folder, measure, corpus, device):
     return train.load_or_measure(folder, measure, model, corpus, settings.T, settings.task)
 
 
-def measure_series(runs, seed, measure, task, args, corpus, device):
+def measure_series(run_at, seed, measure, task, args, corpus, device):
     """One measurement over several runs, {x: run}: the last value of each. None unless all are there."""
     measurements = []
-    for run in runs.values():
+    for run in run_at.values():
         folder = folder_of(args.out, args.model, task, run, seed)
         measurements.append(measure_run(folder, measure, corpus, device))
     if None in measurements:
@@ -327,7 +327,7 @@ def measure_series(runs, seed, measure, task, args, corpus, device):
     values = {}
     for title in first["values"]:
         values[title] = [measurement["values"][title][-1] for measurement in measurements]
-    return dict(xlabel="steps / steps of pre-training", ylabel=first["ylabel"], x=list(runs), values=values)
+    return dict(xlabel="steps / steps of pre-training", ylabel=first["ylabel"], x=list(run_at), values=values)
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
@@ -348,7 +348,7 @@ PLAN = {
     ],
     "budget": [
         *("--task echo --intervention " + name for name in lg.INTERVENTIONS),
-        *(
+        *(  # {n} and {name} are filled in here, the rest by command_lines
             SHORT + f"steps{n} --steps {n} --intervention {name}"
             for n in SHORT_STEPS
             for name in lg.INTERVENTIONS
@@ -519,7 +519,7 @@ def parse_arguments(argv):
     for name, takers in (("task", ["poswise"]), ("prompt", ["babilong", "sample"])):
         if getattr(args, name) is not None and args.what[0] not in takers:
             raise ValueError(f"--{name} goes with {' or '.join(takers)}, got {args.what[0]!r}")
-    args.windows = args.windows or 64  # no default, so that it is refused above where it has no effect
+    args.windows = args.windows or 64  # only here, so that the check above sees whether it was given
     return args
 
 

@@ -121,7 +121,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         cut.append(x.unflatten(1, (n, L)).transpose(2, 3))
     q, k, v, log_a = cut  # q, k (B, n, G, L, K); v (B, n, G, L, J, V); log_a (B, n, G, L, J or K)
     b = log_a.cumsum(3)
-    # b_L - b_s; at s = L a constant 0, because the gradients of b_L - b_L cancel only up to rounding
+    # b_L - b_s; F.pad adds the 0 at s = L as a constant, because gradients of b_L - b_L cancel only up to
+    # rounding
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
     # 2. Compute the decayed scores q_t . k_s inside a chunk; q_in, which reads the state that enters; k_out
@@ -247,7 +248,7 @@ class TritonScan(torch.autograd.Function):
         q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
         decay_of, decay_of_transposed = ("head", "head") if b.shape[3] == 1 else ("key", "value")
-        # q_dq is q * dq, k_dk is k * dk, both without s = t; before_T is S_T before step T writes, transposed
+        # with x, launch also returns x * output without s = t; in role dq its final state leaves out step T
         dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_transposed, x=q)
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_transposed, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
@@ -257,7 +258,7 @@ class TritonScan(torch.autograd.Function):
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
         # Two terms stand on both sides of the minus: (1) a step reads what it writes itself, (2) R_T reads
         # what step T writes. They would cancel but for rounding. So the kernel leaves (1) out of q_dq and
-        # k_dk, and (2) out of before_T; the next line takes (2) out of k_dk
+        # k_dk, and (2) out of before_T; at step T only (2) is left in k_dk, so it becomes 0
         k_dk[:, -1] = 0
         final_term = (before_T * dfinal.mT).sum(2)[:, None]  # sum(S_T * R_T), (B, 1, H, K)
         if decay_of == "head":
@@ -454,7 +455,7 @@ if triton is not None:
                 y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
                 y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
             else:
-                # a decay per column: v_s decays to the midpoint, then the sum over s from the midpoint to t
+                # a decay per column: v_s decays to the midpoint, and the sum over s decays from there to t
                 scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
                 qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
                 y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in

@@ -10,7 +10,7 @@ is a section of its version 1. Sections 1 to 4 of this file are its method; the 
     3 blocks and the language model        Appendix A: text and tokenizers
     4 the interventions                    Appendix B: checkpoints of other libraries
 
-    B batch    T length of the input, from section 5 on the training length    D model width    C vocabulary
+    B batch    T length of the input, in sections 5 and 6 the training length    D model width    C vocabulary
     H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
     Mamba's own B and C are called k and q here.
 """
@@ -127,7 +127,7 @@ def zero_tensor(weight, *shape):
 class Mamba2(nn.Module):
     """The Mamba-2 layer (Dao & Gu 2024): v = dt * x and log_a = -dt * exp(A_log), one decay per head.
 
-    The heads of a group share q and k. D is here the weight of the skip connection.
+    The heads of a group share q and k. self.D is the weight of the skip connection, not the model width.
     """
 
     def __init__(self, config):
@@ -152,7 +152,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.H))
-        self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)  # only its weight and eps are used
+        self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)  # holds weight and eps, applied per group
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
 
     def zero_state(self, B):
@@ -260,8 +260,8 @@ class GLA(nn.Module):
 class Mamba1(nn.Module):
     """The Mamba layer (Gu & Dao 2023): v = dt * x and log_a = -dt * exp(A_log).
 
-    Every channel is a head with V = 1, and has a decay for each of its K key channels. D is here the weight
-    of the skip connection.
+    Every channel is a head with V = 1, and has a decay for each of its K key channels. self.D is the weight
+    of the skip connection, not the model width.
     """
 
     def __init__(self, config):
@@ -428,7 +428,7 @@ class LanguageModel(nn.Module):
 
 
 def zero(state, stats, rng):
-    """Start from zeros: ordinary training. As many steps of it are the control of the other interventions."""
+    """Start from zeros: ordinary training. Equally many steps of it are the control for the others."""
     return map_state(torch.zeros_like, state)
 
 
@@ -512,7 +512,7 @@ class StateStatistics:
         """Take in the final state of one more micro-batch; in a distributed run, of all ranks."""
         mean = map_state(batch_mean, state)
         mean_square = map_state(lambda x: batch_mean(x.float() ** 2), state)
-        if self.count == 0:  # the weight below is then 1, so they stay
+        if self.count == 0:  # any start will do, because the first weight below is 1
             self.mean = mean
             self.mean_square = mean_square
         self.count += 1
@@ -577,7 +577,7 @@ class Rows:
     def next_batch(self, n, overlap=0, inside_document=False):
         """(B, n) int64 tokens. Rows that continue advance by n - overlap, and wrap around at the text's end.
 
-        inside_document: if a row's document has fewer than n tokens left, it skips to the next one that has n
+        inside_document: a row whose document has fewer than n tokens left goes to the next one of n or more
         """
         # where each row reads: after its previous piece, or at a drawn place
         last = len(self.tokens) - n  # the last place where a piece can begin
@@ -593,7 +593,7 @@ class Rows:
             long_enough = self.begins[self.ends - self.begins >= n]
             if not len(long_enough):
                 raise ValueError(f"no document of the text has the {n} tokens that are needed")
-            end = self.ends[np.searchsorted(self.ends, at)]  # of the document at this place
+            end = self.ends[np.searchsorted(self.ends, at)]  # where each row's document ends
             following = long_enough[np.searchsorted(long_enough, at) % len(long_enough)]
             at = np.where(at + n <= end, at, following)
         self.at = torch.from_numpy(at + n - overlap)
@@ -635,7 +635,7 @@ def mixed(rows, T):
     Models as small as ours work past T when they are trained on plain text alone. Echo rewards them for
     keeping the state, and then they fail on streams of pure text, too.
     """
-    # make both for every row; rows that continue go back, to echo the text that they have just read
+    # make both windows for every row; in rows that continue both begin at the same place
     text_tokens, text_part = text(rows, T)
     after_text = rows.at
     rows.at = after_text - T  # where the text began
@@ -791,7 +791,7 @@ def babilong(rows, T):
 
 
 # name: (function, default T, names of the parts, share)
-# The loss is that on the parts plus share times that on all targets.
+# loss = loss on the parts + share * loss on all targets
 TASKS = {
     "echo": (echo, 50, ("text", "echo"), 0.0),
     "mixed": (mixed, 50, ("text", "echo"), 0.0),
@@ -814,8 +814,8 @@ def stream(task, rows, T, windows):
         at = rows.at
         batch = task(rows, T)
         if at is not None:  # the task reads text
-            advanced += (rows.at - at - 1) % N + 1  # 1 to N: a whole turn is N, not 0
-            if advanced.max() > N - T:  # the first window has read T more
+            advanced += (rows.at - at - 1) % N + 1  # modulo N, but 1 to N
+            if advanced.max() > N - T:  # with the T of the first window, > N
                 break
         batches.append(batch)
 
@@ -1090,12 +1090,12 @@ def reading(file, what):
 
 
 class Tokenizer(NamedTuple):
-    """How text becomes tokens. special: the ids (bos, sep); if empty, bos is words and sep is words + 1.
+    """How text becomes tokens. special: the ids (bos, sep); if empty, they are words and words + 1.
 
     Special tokens that a text spells out, like "<|endoftext|>", are encoded as plain characters.
     """
 
-    words: int  # how many there are; bos and sep may come on top
+    words: int  # how many tokens the vocabulary has; bos and sep may come on top
     special: tuple
     encode: Callable  # text -> ids
     decode: Callable  # a list of ids -> text
@@ -1189,8 +1189,8 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
 
     paths: None for the Python standard library of this machine, else files, folders or globs: text, .jsonl
         with a "text" field, or nanoGPT's token files, train.bin and val.bin or one .bin of uint16
-    tokenizer: a name for load_tokenizer; a .bin is tokenized already and takes only the vocabulary from it,
-        and for a .bin "bytes" means unknown
+    tokenizer: a name for load_tokenizer; for a .bin it only names the vocabulary, and "bytes", the default,
+        means that this is unknown
     vocab_size: of a .bin of an unknown tokenizer; None: its highest token + 1
     """
     if isinstance(paths, (str, os.PathLike)):
@@ -1209,7 +1209,7 @@ def load_corpus(paths=None, tokenizer="bytes", vocab_size=None):
     if not documents:
         raise ValueError(f"the corpus is empty: no text in {source}")
 
-    # the pieces of both splits, each document after a bos; the empty first piece is for a split without any
+    # the pieces of both splits, each document after a bos; np.concatenate needs one, so the first is empty
     name = f"{len(documents)} documents of {source}"
     corpus = Corpus(name, None, None, **load_tokenizer(tokenizer)._asdict())
     dtype = np.uint16 if corpus.vocab_size <= 2**16 else np.uint32
@@ -1239,7 +1239,7 @@ def load_bins(files, tokenizer, vocab_size):
             # refuse files of NumPy, torch.save (a zip) and llm.c (two versions) by their first bytes
             start = tokens[:2].tobytes()
             has_header = start in (b"\x93NUM", b"PK\3\4", b"\x88\xd8\x34\x01", b"\xa1\xd9\x34\x01")
-            # refuse numbers of 32 or 64 bits: below 4 * 2^16 every second uint16 of them is below 4
+            # refuse 32 or 64 bits: the upper 16 bits of a token are below 4 for a vocabulary below 4 * 2^16
             low, high = sorted([tokens[::2].max(), tokens[1::2].max()])
             if has_header or low < 4 <= high:
                 raise ValueError("it has a header, or more than 16 bits for each token")
@@ -1274,7 +1274,7 @@ def load_bins(files, tokenizer, vocab_size):
 
 
 def list_files(paths):
-    """A list of (file, key); the key is relative, so that a file is held out on every machine or on none."""
+    """A list of (file, key); read_documents and load_corpus use the key."""
     files = []
     for path in map(os.fspath, paths or [sysconfig.get_paths()["stdlib"]]):
         if os.path.isdir(path):
@@ -1290,6 +1290,7 @@ def list_files(paths):
         if not found:
             raise ValueError(f"no text at {path!r}, give an existing file, folder or glob")
         for file in found:
+            # keys decide what is held out, so they are relative paths, the same on all machines
             key = os.path.relpath(file, root or ".").replace(os.sep, "/")
             # of the standard library only .py files, and no installed packages
             if paths or (key.endswith(".py") and not re.search("(site|dist)-packages", key)):
@@ -1361,7 +1362,7 @@ OUR_FIELD = {  # a setting's name there: our field, where they differ
     "n_groups": "ngroups",
     "time_step_rank": "dt_rank",
 }
-TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # every key of OUR_FIELD is one
+TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # the keys are all names of transformers
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
 FLA += ("expand_k", "expand_v", "hidden_ratio")
 
@@ -1423,6 +1424,7 @@ def load_checkpoint(name_or_folder):
     if os.path.isfile(file):
         with reading(file, "a checkpoint of train.py"):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            # checks the weights; names stay
             checkpoint["model"] = import_weights(ModelConfig(**checkpoint["config"]), checkpoint["model"])
             return checkpoint
 

@@ -453,8 +453,7 @@ def load_run(folder, run, model, optimizer, carried):
 # A run is its settings, the sizes of its model, its text, the weights that it starts from, and the source of
 # what it runs. Training goes on in a folder, or takes it as finished, only if all of these are the same.
 
-# not compared: names of things that have a checksum, settings that change no result, and the constants (in
-# capitals) that sources() finds and that change none
+# not compared: what has a checksum of its own, and settings and constants that change no result
 NOT_COMPARED = ("tokenizer", "data", "init", "backend", "recompute", "RANK", "INTERPRETED", "SAVE_EVERY")
 INITIAL_WEIGHTS = "set of initial weights"  # the key of their checksum; messages say "made by another ..."
 VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
@@ -502,7 +501,7 @@ def checksum(model):
 def sources(*roots, modules=("kernels", "lengthgen")):
     """{name: checksum} of functions and classes, and of all that their sources name, followed recursively.
 
-    Followed are only functions and classes of the given modules, and numbers, texts and tuples by name.
+    Only functions and classes of the given modules are followed; numbers, texts and tuples are only summed.
     """
     found = {}
     waiting = list(roots)
@@ -654,7 +653,7 @@ def panels_of(found, seeds=1):
 
 
 def name_of(label, panel):
-    """The name of a curve in tables and legends; says how many seeds it has where these are not all."""
+    """The name of a curve in tables and legends, with the number of its seeds if some are missing."""
     name, _, _ = style_of(label)
     _, values = panel["curves"][label]
     if len(values) < panel["seeds"]:
@@ -681,7 +680,7 @@ def print_row(first, values, form):
 
 
 def print_verdict(panels):
-    """Say for each curve of loss by position that goes past T whether the loss stays as low as in T."""
+    """Say whether each curve of losses that goes past T stays as low there as before T."""
     print()
     for panel in panels:
         for label, (x, values) in panel["curves"].items():
