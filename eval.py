@@ -191,6 +191,7 @@ def exact_match(model, tokens, asked):
 
 # Which runs a figure compares, as {label in the figure: run}. A run "T26/base" lies under {out}/T26.
 # Interventions that are added to lengthgen.py are compared with the others on echo and on plain text.
+# train.STYLES has those that we ship.
 ADDED = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
 # in most of them a run is its own label
 PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
@@ -316,7 +317,7 @@ def measure_run(folder, measure, corpus, device):
 
 
 def measure_series(run_at, seed, measure, task, args, corpus, device):
-    """One measurement over several runs, {x: run}: the last value of each. None unless all are there."""
+    """One curve from several runs, {x: run}: at each x the run's last value. None unless all are there."""
     measurements = []
     for run in run_at.values():
         folder = folder_of(args.out, args.model, task, run, seed)
@@ -491,7 +492,9 @@ def parse_arguments(argv):
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--model", default="mamba2", choices=train.TINY_MODELS, help="architecture of the runs")
     p.add_argument("--seeds", type=train.positive_type, default=1, help="how many: 3 stands for 0, 1 and 2")
-    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
+    p.add_argument(
+        "--device", choices=["cuda", "mps", "cpu"], help="where to compute (a GPU if there is one)"
+    )
     p.add_argument("--init", metavar="RUN", help="poswise, passkey, babilong, sample: this checkpoint")
     p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (the task of its run)")
     p.add_argument("--T", type=train.positive_type, help="with --init: its training length (that of its run)")

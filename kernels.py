@@ -32,14 +32,14 @@ except ImportError:  # Triton exists for Linux only; everything but triton_scan 
 
 # ---- 1. The shapes ----
 
-MIN_LOG_A = -30.0  # e^-30 of a float32 state is lost in the rounding of what is added to it
+MIN_LOG_A = -30.0  # e^-30 is about 1e-13, below the precision of float32: the old state no longer counts
 
 
 def check_and_clamp(q, k, v, log_a, state):
     """Assert that the shapes fit. Returns log_a, clamped at MIN_LOG_A, and B, T, G, H, K, V.
 
-    Without the clamp a very negative log_a would round away the others in a chunk's sum, and -inf - -inf is
-    NaN.
+    Without the clamp one very negative log_a would swamp the rest in the sums of chunked_scan, and
+    -inf - -inf is NaN.
     """
     B, T, G, K = q.shape
     H, V = v.shape[2:]
@@ -135,9 +135,9 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, K, 1, 1)
     else:  # v and, in step 4, the output take the decays, because the heads share q and k
         b_row = b.transpose(3, 4)  # (B, n, G, J, L)
-        # tril(-1) comes before exp: where s > t, e^(+large) could be inf, and inf * 0 is NaN in the gradient
+        # tril(-1) before exp makes the factor 1 where s >= t, so that no e^(+large) overflows. The tril of
+        # the scores then makes them 0 where s > t
         pair_decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
-        # tril: the scores of s > t are 0
         scores = (q @ k.mT).tril()[:, :, :, None] * pair_decay  # (B, n, G, J, L, L)
         q_in = q
         k_out = k
@@ -207,7 +207,8 @@ def decayed_scores(q, k, b):
 
 
 class TritonScan(torch.autograd.Function):
-    """The scan and its gradients, for inputs padded by triton_scan; log_a is (B, T, H, 1 or K).
+    """The scan and its gradients, for inputs padded by triton_scan; log_a is (B, T, H, 1 or K), tile is the
+    (chunk, block, warps, stages) of choose_tile.
 
     Let dO_t be the gradient that arrives at o_t, dS_t the whole gradient of S_t, and R_t its part from later
     steps; R_T arrives at the final state. Differentiating the recurrence gives
@@ -232,7 +233,7 @@ class TritonScan(torch.autograd.Function):
     def forward(ctx, q, k, v, log_a, state, tile):
         # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x. Pad
         # T to whole chunks, sum within each chunk, and cut the padding off
-        chunk, *_ = tile
+        chunk = tile[0]
         B, T, H, N = log_a.shape  # N is 1 or K
         b = torch.cat([log_a * math.log2(math.e), log_a.new_zeros(B, (-T) % chunk, H, N)], 1)
         b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
@@ -253,8 +254,8 @@ class TritonScan(torch.autograd.Function):
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_transposed, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
 
-        # a_t scales what is written before step t and read at step t or later, R_T included. That is all that
-        # is read at t or later, minus what is both written and read there:
+        # a_t scales all pairs that are written before t and read at t or later; R_T reads, too. So take every
+        # pair that is read at t or later, and subtract those that are also written at t or later:
         #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
         # Two terms stand on both sides of the minus: (1) a step reads what it writes itself, (2) R_T reads
         # what step T writes. They would cancel but for rounding. So the kernel leaves (1) out of q_dq and
@@ -283,7 +284,7 @@ def triton_scan(q, k, v, log_a, state=None, tile=None):
     """The recurrence as one GPU kernel that also computes its gradients. Shapes as at the top of this file.
 
     q, k, v are float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256.
-    tile: how the kernel cuts its work; None takes that of choose_tile
+    tile: (chunk, block, warps, stages), which choose_tile explains; None calls it
     On a CPU the kernel runs only in Triton's interpreter.
     """
     log_a, B, T, _, H, K, V = check_and_clamp(q, k, v, log_a, state)
@@ -353,7 +354,7 @@ def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     x_o = None
     if x is not None:  # with one decay per head every program writes the sum over its columns
         x_o = b.new_empty(B, T, H, V // block if decay_of == "head" else V)
-    # HQ: heads of q, HK: heads of k, and so on; the kernel's docstring has the rest
+    # HQ, HK, HV, HB, HX: heads of q, k, v, b and x (unused without x); N: columns of b
     with torch.cuda.device_of(q):  # Triton launches on the current device
         scan_kernel[(B * H * (V // block),)](
             q, k, v, b, state, o, final, x, x_o, T, *state.stride(),

@@ -635,10 +635,11 @@ def mixed(rows, T):
     Models as small as ours work past T when they are trained on plain text alone. Echo rewards them for
     keeping the state, and then they fail on streams of pure text, too.
     """
-    # make both windows for every row; in rows that continue both begin at the same place
+    # make both windows for every row; in rows that continue both begin at the same place, so go back by the T
+    # that text() has moved
     text_tokens, text_part = text(rows, T)
     after_text = rows.at
-    rows.at = after_text - T  # where the text began
+    rows.at = after_text - T
     echo_tokens, echo_part = echo(rows, T)
     after_echo = rows.at
 
@@ -691,9 +692,9 @@ def passkey(rows, T, depth=None):
     targets   is green.|What is the pass key? The pass key is 30719<bos>
     part     .................................................22222.           1 mention, 2 key
 
-    The window takes two lines here, | marks joints and . is part 0. The picture is in bytes, but any
-    tokenizer will do. depth: the share of the filler that comes before the key; None draws a place for each
-    row. The opening line of the published task is left out: it is longer than our T.
+    The window takes two lines here, | marks where the filler is cut, . is part 0. The picture is in bytes, but
+    any tokenizer will do. depth: the share of the filler that comes before the key; None draws a place for
+    each row. The opening line of the published task is left out: it is longer than our T.
     """
     tokens, part = empty_windows(rows, T)
     encode = rows.corpus.encode
@@ -937,7 +938,7 @@ def paired_gap(model, tokens, T):
     short = torch.zeros_like(whole)
     for i in range(N // T):
         piece = tokens[:, i * T : (i + 1) * T + 1]
-        total, _ = streaming_loss(model, piece, block[:T], segment=T)  # in one bin, as block[:T] is -1 or 0
+        total, _ = streaming_loss(model, piece, block[:T], segment=T)  # block[:T] has only bin 0
         short[i] = total[0]
     return (whole - short) / count
 
@@ -1082,7 +1083,7 @@ def reading(file, what):
         reason = str(error)
         if isinstance(error, ImportError):
             reason = f"{error}: pip install huggingface_hub safetensors tokenizers"
-        elif isinstance(error, pickle.UnpicklingError):  # PyTorch's message tells how to execute it
+        elif isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to execute the code in it
             reason = "it is damaged, or holds code that would be executed"
         elif not isinstance(error, (ValueError, AssertionError)):
             reason = f"{type(error).__name__}: {error}"  # a KeyError, for one, says nothing but the key
@@ -1302,8 +1303,8 @@ def read_documents(files):
     """Yield (key, text) of every file, or of every object of a .jsonl."""
     for file, key in files:
         if file.endswith(".jsonl"):
-            for i, [text] in enumerate(read_json(file, ["text"])):
-                yield f"{key}:{i:09d}", text
+            for i, fields in enumerate(read_json(file, ["text"])):
+                yield f"{key}:{i:09d}", fields[0]
             continue
         with reading(file, "text"), open(file, encoding="utf-8", errors="replace") as f:
             text = f.read()
@@ -1366,7 +1367,7 @@ TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # the keys are all n
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
 FLA += ("expand_k", "expand_v", "hidden_ratio")
 
-# {kind: (our layer, settings in config.json, settings in ssm_cfg, our fields where a setting is missing)}
+# kind: (our layer, names in config.json, names in its ssm_cfg, values of our fields that the file leaves out)
 # The kind is model_type or, in mamba_ssm, the "layer" of ssm_cfg.
 PADDED = dict(pad_vocab_size_multiple=8)  # the default of mamba_ssm
 UNPADDED = dict(pad_vocab_size_multiple=1)  # the vocab_size of transformers includes the padding
@@ -1378,8 +1379,8 @@ KINDS = {
     "gla": ("gla", FLA, (), {}),
 }
 
-# settings that change the formulas. REQUIRED has the values that our formulas assume; a missing setting
-# counts as the first of them
+# settings that change the formulas; REQUIRED is {names of settings: the values that our formulas allow}, and
+# a file without the setting has the first value
 ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
 OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
 NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")

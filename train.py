@@ -131,7 +131,9 @@ def parse_arguments(argv):
     p.add_argument("--seed", type=seed_type, default=0, help="of weights, text and noise")
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
-    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (the first there is)")
+    p.add_argument(
+        "--device", choices=["cuda", "mps", "cpu"], help="where to compute (a GPU if there is one)"
+    )
     args = p.parse_args(argv)
 
     # refuse options that would have no effect
@@ -286,7 +288,7 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
     signals: a list; once it is not empty, training saves a checkpoint after the current step and exits
     """
     torch.manual_seed(settings.seed)
-    task, _, _, share = lg.TASKS[settings.task]
+    task_function, _, _, share = lg.TASKS[settings.task]
     intervention, _ = lg.INTERVENTIONS[settings.intervention]
     if settings.intervention == "random_noise":
         intervention = functools.partial(intervention, std=settings.noise_std)
@@ -318,7 +320,9 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
         # the gradient of the mean loss of all micro-batches, each from the state that its slot carries
         step_loss = torch.zeros((), device=device)
         for slot in range(settings.accumulate):
-            tokens, part = task(carried.rows[slot], settings.T)  # (B, T+1); (B, T), 0: not trained on
+            tokens, part = task_function(
+                carried.rows[slot], settings.T
+            )  # (B, T+1); (B, T), 0: not trained on
             tokens = torch.from_numpy(tokens).to(device)
             part = torch.from_numpy(part).to(device)
             with autocast:
@@ -465,9 +469,9 @@ MODEL = (lg.LanguageModel.__init__, lg.LanguageModel.forward, *kernels.BACKENDS.
 
 def describe_run(settings, model, corpus):
     """What identifies a run, before its first step: settings, config, and checksums of the rest."""
-    task, _, _, share = lg.TASKS[settings.task]
+    task_function, _, _, share = lg.TASKS[settings.task]
     intervention, _ = lg.INTERVENTIONS[settings.intervention]
-    made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task, intervention)
+    made_from = sources(*TRAINING, *MODEL, lg.LAYERS[model.config.layer], task_function, intervention)
     made_from["share of the loss on all targets"] = share
     made_from["text"] = corpus.checksum
     made_from[INITIAL_WEIGHTS] = checksum(model)
@@ -841,7 +845,7 @@ def main(argv=None):
         print_rank0(f"base: {base_folder}, trained from zero states where it is not finished")
         tell_scan(model)
         recipe = "base of mixed" if args.task == "mixed" else "base"
-        # with --intervention, --steps, --lr and so on are the cure's
+        # if there is an --intervention, then --steps, --lr and the like belong to the cure
         options = () if args.intervention else OWN
         settings = settings_of(args, corpus, recipe, options)
         losses = train_and_measure(args, settings, model, corpus, base_folder, device)
@@ -885,11 +889,11 @@ def train_and_measure(args, settings, model, corpus, folder, device):
         return load_or_measure(folder, loss_by_position, model, corpus, args.T, args.task)
 
 
-def run_command(main):
-    """main(), with one sentence for what goes wrong: exit code 2 for bad input, 1 for a diverging loss."""
+def run_command(command):
+    """Call command(). What goes wrong is one sentence: exit code 2 for bad input, 1 for a diverging loss."""
     sys.stdout.reconfigure(errors="replace")  # a terminal or file may not have every character
     try:
-        main()
+        command()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
