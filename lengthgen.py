@@ -692,9 +692,9 @@ def passkey(rows, T, depth=None):
     targets   is green.|What is the pass key? The pass key is 30719<bos>
     part     .................................................22222.           1 mention, 2 key
 
-    The window takes two lines here, | marks where the filler is cut, . is part 0. The picture is in bytes, but
-    any tokenizer will do. depth: the share of the filler that comes before the key; None draws a place for
-    each row. The opening line of the published task is left out: it is longer than our T.
+    The window takes two lines here, | marks where the filler is cut, . is part 0. The picture is in bytes,
+    but any tokenizer will do. depth: the share of the filler that comes before the key; None draws a place
+    for each row. The opening line of the published task is left out: it is longer than our T.
     """
     tokens, part = empty_windows(rows, T)
     encode = rows.corpus.encode
