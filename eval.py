@@ -165,7 +165,7 @@ def passkey_accuracy(model, corpus, T, task, B=32, lengths=(1, 2, 4, 8, 16, 32, 
         for depth, shares in zip(depths, values.values(), strict=True):
             rows = lg.Rows(corpus, "val", B, continues=False, seed=0)
             tokens, part = lg.passkey(rows, T * length, depth)
-            shares.append(exact_match(model, tokens, part == 2))  # the key that is asked for
+            shares.append(exact_match(model, tokens, part == 1))
         progress(sum(lengths[: i + 1]) / sum(lengths))
     return dict(xlabel="length (T)", ylabel="share of right keys", x=list(lengths), values=values)
 

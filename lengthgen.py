@@ -688,9 +688,9 @@ def passkey(rows, T, depth=None):
     """Five digits hidden in filler and asked for at the end, in Landmark Attention's words (2023).
 
     targets  The grass is gr|The pass key is 30719. Remember it. 30719 is the pass key. |The grass
-    part     ....................................................11111............................
+    part     .....................................................................................
     targets   is green.|What is the pass key? The pass key is 30719<bos>
-    part     .................................................22222.           1 mention, 2 key
+    part     .................................................11111.
 
     The window takes two lines here, | marks where the filler is cut, . is part 0. The picture is in bytes,
     but any tokenizer will do. depth: the share of the filler that comes before the key; None draws a place
@@ -701,23 +701,21 @@ def passkey(rows, T, depth=None):
     # every word is at least one token
     filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens
     for b in range(rows.B):
-        # told[told_at:] is the second mention of the key, asked[asked_at:] is the answer
+        # the answer is asked[asked_at:]
         key = f"{int(torch.randint(10**5, (), generator=rows.rng)):05}"
-        told, told_at = encode_answer(rows.corpus, f"The pass key is {key}. Remember it.", key)
+        told = list(encode(f"The pass key is {key}. Remember it. {key} is the pass key. "))
         asked, asked_at = encode_answer(rows.corpus, "What is the pass key? The pass key is", key)
-        rest = list(encode(" is the pass key. "))
 
         # the filler fills the window; `before` is drawn even if depth is given, so that the rows have the
         # same keys at every depth
-        n = T - 1 - len(told) - len(rest) - len(asked)  # tokens of filler
+        n = T - 1 - len(told) - len(asked)  # tokens of filler
         if n < 0:
             raise ValueError(f"passkey needs a T of at least {T - n}, got {T}")
         before = int(torch.randint(n + 1, (), generator=rows.rng))
         if depth is not None:
             before = round(depth * n)
-        tokens[b, 1:T] = filler[:before] + told + rest + filler[: n - before] + asked
-        part[b, before + told_at : before + len(told)] = 1
-        part[b, T - 1 - len(asked) + asked_at : T - 1] = 2
+        tokens[b, 1:T] = filler[:before] + told + filler[: n - before] + asked
+        part[b, T - 1 - len(asked) + asked_at : T - 1] = 1
     return tokens, part
 
 
@@ -798,7 +796,7 @@ TASKS = {
     "mixed": (mixed, 50, ("text", "echo"), 0.0),
     "text": (text, 256, ("text",), 0.0),
     "copy": (copy, 64, ("copy", "stop"), 0.0),
-    "passkey": (passkey, 160, ("mention", "key"), 0.1),  # the 0.1 teaches the filler
+    "passkey": (passkey, 160, ("key",), 0.1),  # the 0.1 teaches the filler
     "babilong": (babilong, 144, ("answer",), 0.0),
 }
 

@@ -184,7 +184,7 @@ def test_the_passkey_is_asked_for_at_the_end_and_hidden_at_its_depth(corpus):
             text = decode(row)
             key = re.search(r"The pass key is (\d{5})\. Remember it", text)[1]
             assert text.endswith(f"What is the pass key? The pass key is {key}")
-            assert decode(row[1:][mask == 1]) == decode(row[1:][mask == 2]) == key  # mentioned, asked for
+            assert decode(row[1:][mask == 1]) == key and (np.flatnonzero(mask) >= 300 - 6).all()
             assert abs(text.index("The pass key is") - depth * (300 - 1 - 59 - 43)) <= 1
     rows = lg.Rows(corpus, "val", 64, False, 0)
     keys = {decode(row[-6:-1]) for row in lg.passkey(rows, 160)[0]}
@@ -282,7 +282,8 @@ def test_the_passkey_is_measured_by_length_and_depth(corpus, monkeypatch):
 
     def recorded(rows, T, depth):
         drawn.append((T, depth))
-        return lg.copy(rows, T, 5, 20)
+        tokens, part = lg.copy(rows, T, 5, 20)
+        return tokens, part == 2  # the answer is "."
 
     monkeypatch.setattr(lg, "passkey", recorded)
     model = HandMade(lambda seen, token: (sure_of(torch.full_like(token, ord(".")), 0.9), seen))

@@ -243,13 +243,14 @@ def test_a_stream_of_a_task_that_reads_no_text_has_any_length(name, T):
 LINES = "".join(f"line {i} of the text: {i * i}\n" + "\n" * (i % 7 == 0) for i in range(400))
 # Made once by these very tests in the first edition, the last commit before tasks took any tokenizer:
 # of rows of 4, passkey by seed, T and depth, babilong by seed and T; of 20 windows of 3 rows, by seed
-FIRST_EDITION = dict(passkey=349711065, babilong=3788606655)
+# (passkey: the same tokens, of which since then only the answer counts)
+FIRST_EDITION = dict(passkey=420495177, babilong=3788606655)
 FIRST_EDITION_STREAMS = {
     ("text", 16): 550096850,
     ("echo", 16): 3116289031,
     ("mixed", 16): 2951067636,  # since then without the targets of the test below
     ("copy", 64): 468798018,
-    ("passkey", 160): 1491946600,
+    ("passkey", 160): 364899348,
     ("babilong", 144): 4207582474,
 }
 
@@ -387,11 +388,9 @@ def test_passkey_fills_the_window_in_any_tokenizer(any_corpus, T, depth):
         assert filler.startswith(before) and filler.startswith(after)
         if depth is not None:
             assert bool(before) == (depth != 0) and bool(after) == (depth != 1)
-        for number in (1, 2):  # the mention, and the answer
-            assert read(corpus, row[1:][row_part == number]) == key
-            places = np.flatnonzero(row_part == number)
-            assert places[-1] - places[0] == len(places) - 1
-        assert row_part[T - 2] == 2 and row_part[T - 1] == 0  # the answer, then <bos>
+        assert read(corpus, row[1:][row_part == 1]) == key
+        places = np.flatnonzero(row_part)
+        assert places.tolist() == list(range(places[0], T - 1))  # the answer, then <bos>
 
 
 def test_passkey_says_which_T_it_needs_in_any_tokenizer(any_corpus):
