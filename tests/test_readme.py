@@ -89,15 +89,14 @@ def plain_text():
 
 
 def passkey():
-    found = {}
-    for x in (4, 8):
-        for label in ("zero", "state_passing", "fitted_noise"):
+    found = []
+    for label in ("zero", "state_passing"):
+        for x in (8, 16):
             cells = []
             for depth in (0.1, 0.5, 0.9):
                 cells += at(x, "passkey", f"the key at depth {depth}", [label])
-            found[x, label] = ", ".join(cells).replace("0.", ".")
-    words = "at 4 T control {}, state passing {}, fitted noise {}; at 8 T {} against {} and {}"
-    yield words.format(*found.values())
+            found.append(", ".join(cells).replace("0.", "."))
+    yield "the control finds at 8 T {} of the keys and at 16 T {}, state passing {} and {}".format(*found)
 
 
 def babilong():
