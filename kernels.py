@@ -19,7 +19,6 @@ input and the initial state, and flow in from the final state. q, k and v share 
 """
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -277,7 +276,6 @@ def sum_heads(gradient, x):
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_K = 256  # the registers of a GPU have no room for more
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernel runs on a CPU, slowly
 
 
 def triton_scan(q, k, v, log_a, state=None, tile=None):
@@ -502,6 +500,9 @@ if triton is not None:
         b_mid = tl.load(b + t0 * stride + mid[:, None] * stride)
         to_mid = tl.exp2(tl.where(second[:, None], b_c - b_mid, b_mid - b_c))
         return to_mid, earlier & (piece[:, None] == piece[None, :]) & (second[:, None] != second[None, :])
+
+    # Triton was imported with TRITON_INTERPRET set, so the kernel runs on a CPU, slowly
+    INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)
 
 # ---- 7. Which of the three ----
 
