@@ -101,20 +101,13 @@ def check_64_bit_offsets(size=(2, 131072, 132, 132, 64, 64)):
 # ---- times ----
 
 
-def chunk_simple_gla(q, k, v, log_a, state):
-    """flash-linear-attention's scan with one decay per head; it has no groups."""
-    from fla.ops.simple_gla import chunk_simple_gla
+def simple_gla(name, q, k, v, log_a, state):
+    """flash-linear-attention's scan of that name with one decay per head; it has no groups."""
+    import fla.ops.simple_gla
 
+    scan = getattr(fla.ops.simple_gla, name)
     q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
-    return chunk_simple_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
-
-
-def fused_chunk_simple_gla(q, k, v, log_a, state):
-    """The same as one fused kernel."""
-    from fla.ops.simple_gla import fused_chunk_simple_gla
-
-    q, k = (x.expand(-1, -1, v.shape[2], -1) for x in (q, k))
-    return fused_chunk_simple_gla(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
+    return scan(q, k, v, log_a, scale=1.0, initial_state=state, output_final_state=True)
 
 
 def chunk_gla(q, k, v, log_a, state):
@@ -157,8 +150,9 @@ def time_table():
     print(f"\n{torch.cuda.get_device_name()}: {bandwidth / TERA:.2f} TB/s copied, ", end="")
     print(f"{rate / TERA:.0f} TFLOP/s")
 
-    per_head = {"triton_scan": triton_scan, "simple_gla": chunk_simple_gla}
-    per_head.update(fused_simple_gla=fused_chunk_simple_gla, mamba_ssm=mamba_ssm)
+    per_head = {"triton_scan": triton_scan, "mamba_ssm": mamba_ssm}
+    for name in ("chunk_simple_gla", "fused_chunk_simple_gla"):
+        per_head[name] = partial(simple_gla, name)
     per_channel = {"triton_scan": triton_scan, "gla": chunk_gla}
     for model, size, functions in (
         ("Mamba-2-370m", (8, 2048, 1, 32, 128, 64), per_head),
@@ -188,10 +182,10 @@ def time_table():
                 time_both = microseconds(both)
                 peak = peak_gigabytes(both)
             except (ImportError, RuntimeError) as error:  # not installed; out of memory
-                print(f"  {name:<20}{type(error).__name__}: {str(error).splitlines()[0]}")
+                print(f"  {name:<24}{type(error).__name__}: {str(error).splitlines()[0]}")
                 continue
             shares = f"{floor / time:5.0%}{floor_both / time_both:6.0%} of the floor"
-            print(f"  {name:<20}{time:9.0f}{time_both:9.0f} us{shares}, peak {peak:.2f} GB", flush=True)
+            print(f"  {name:<24}{time:9.0f}{time_both:9.0f} us{shares}, peak {peak:.2f} GB", flush=True)
 
 
 SWEPT = (  # name, size to time, size to check, is there a decay per channel?
