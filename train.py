@@ -320,9 +320,8 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
         # the gradient of the mean loss of all micro-batches, each from the state that its slot carries
         step_loss = torch.zeros((), device=device)
         for slot in range(settings.accumulate):
-            tokens, part = task_function(
-                carried.rows[slot], settings.T
-            )  # (B, T+1); (B, T), 0: not trained on
+            # (B, T+1) and (B, T); a target whose part is 0 is not trained on
+            tokens, part = task_function(carried.rows[slot], settings.T)
             tokens = torch.from_numpy(tokens).to(device)
             part = torch.from_numpy(part).to(device)
             with autocast:
