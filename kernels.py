@@ -1,4 +1,4 @@
-"""The one recurrence behind Mamba-2, GLA and Mamba-1: step by step, in chunks, and as one GPU kernel.
+"""The one recurrence behind four layers: step by step, in chunks, and as one GPU kernel.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
 
@@ -7,12 +7,16 @@
     L  steps of a chunk
 
     q, k    (B, T, G, K)                v  (B, T, H, V)
-    log_a   (B, T, H)    one decay per head (Mamba-2), or
+    log_a   (B, T, H)    one decay per head (Mamba-2, Gated DeltaNet), or
             (B, T, H, K) one decay per key channel (GLA, Mamba-1)
     state   (B, H, K, V) the S before the first step; None means zeros
 
 log_a is never positive; below -30, -inf included, it counts as -30 and forgets all but e^-30 of the state.
 States are float32, or float64 where the inputs are.
+
+The delta rule (Gated DeltaNet) writes only what is new. A beta_t per head, beta (B, T, H), makes each step
+replace v_t by beta_t (v_t - (a_t S_{t-1})^T k_t), that is v_t less what k_t reads already. triton_scan has no
+beta.
 
 Every scan returns o (B, T, H, V) in v's dtype and the final state (B, H, K, V). Gradients reach every
 input and the initial state, and flow in from the final state. q, k and v share one dtype.
@@ -34,7 +38,7 @@ except ImportError:  # Triton exists for Linux only; everything but triton_scan 
 MIN_LOG_A = -30.0  # e^-30 is about 1e-13, below the precision of float32: the old state no longer counts
 
 
-def check_and_clamp(q, k, v, log_a, state):
+def check_and_clamp(q, k, v, log_a, state, beta=None):
     """Assert that the shapes fit. Returns log_a, clamped at MIN_LOG_A, and B, T, G, H, K, V.
 
     Without the clamp one very negative log_a would swamp the rest in the sums of chunked_scan, and
@@ -46,6 +50,7 @@ def check_and_clamp(q, k, v, log_a, state):
     assert k.shape == q.shape and v.shape[:2] == (B, T) and T > 0 and H % G == 0, shapes
     assert log_a.shape in ((B, T, H), (B, T, H, K)), shapes
     assert state is None or state.shape == (B, H, K, V), f"{shapes}, state {tuple(state.shape)}"
+    assert beta is None or beta.shape == (B, T, H), f"{shapes}, beta {tuple(beta.shape)}"
     assert q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
     return log_a.clamp(min=MIN_LOG_A), B, T, G, H, K, V
 
@@ -53,21 +58,25 @@ def check_and_clamp(q, k, v, log_a, state):
 # ---- 2. The definition ----
 
 
-def recurrent_scan(q, k, v, log_a, state=None):
+def recurrent_scan(q, k, v, log_a, state=None, beta=None):
     """The recurrence, one step at a time: the oracle of every test. Shapes as at the top of this file."""
-    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state)
+    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state, beta)
     # sums in float32, or in float64 if v is; every head gets the q and k of its group
     dtype = torch.promote_types(v.dtype, torch.float32)
     S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
     q = q.to(dtype).repeat_interleave(H // G, dim=2)  # (B, T, H, K)
     k = k.to(dtype).repeat_interleave(H // G, dim=2)
     a = log_a.to(dtype).exp().reshape(B, T, H, -1, 1)  # (B, T, H, 1 or K, 1)
+    betas = [None] * T if beta is None else beta.to(dtype).unbind(1)
 
     # the recurrence; unbind, because the backward of q[:, t] would fill a tensor as large as q at every step
     o = []
-    steps = zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), a.unbind(1), strict=True)
-    for q_t, k_t, v_t, a_t in steps:
-        S = a_t * S + k_t[..., :, None] * v_t[..., None, :]  # (B, H, K, V)
+    steps = zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), a.unbind(1), betas, strict=True)
+    for q_t, k_t, v_t, a_t, beta_t in steps:
+        S = a_t * S  # (B, H, K, V)
+        if beta_t is not None:
+            v_t = beta_t[..., None] * (v_t - (S * k_t[..., :, None]).sum(-2))  # (B, H, V)
+        S = S + k_t[..., :, None] * v_t[..., None, :]
         o.append((S * q_t[..., :, None]).sum(-2))  # (B, H, V)
     return torch.stack(o, 1).to(v.dtype), S
 
@@ -75,7 +84,7 @@ def recurrent_scan(q, k, v, log_a, state=None):
 # ---- 3. In chunks ----
 
 
-def chunked_scan(q, k, v, log_a, state=None, chunk=32):
+def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
     """The same in matmuls over chunks of about `chunk` steps (SSD, Dao & Gu 2024, section 6). Any T >= 1.
 
     Let b_t = log a_1 + ... + log a_t inside a chunk of L steps, and let S be the state that enters the chunk:
@@ -85,40 +94,48 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
 
     With one decay per key channel, b_t is a vector, and e^(b_t - b_s) goes inside the sum over channels of
     q_t . k_s. No exponent is positive, so nothing overflows at any decay. Shapes as at the top of this file.
+
+    With beta, v_t stands for the value w_t that the delta rule writes instead of v_t. It depends on the
+    values written before it and on S:
+
+        w_t = beta_t (v_t - sum_{s < t} e^(b_t - b_s) (k_t . k_s) w_s - e^(b_t) S^T k_t)
+
+    These are L linear equations with a triangular matrix. Two right sides, beta_t v_t and beta_t e^(b_t) k_t,
+    give w = from_v - from_k S for all chunks at once, before S is known (Yang et al. 2024).
     """
-    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state)
+    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state, beta)
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
 
-    # The heads of a group share the matmuls of its q and k. With one decay per key channel the decays enter
-    # q and k, so every head needs a copy of its own
-    per_channel = log_a.dim() == 4
-    if per_channel and G < H:
+    # The heads of a group share the matmuls of its q and k. With one decay per key channel, or with beta, the
+    # decays enter q and k, so every head needs a copy of its own
+    own_qk = log_a.dim() == 4 or beta is not None
+    if own_qk and G < H:
         q = q.repeat_interleave(H // G, dim=2)
         k = k.repeat_interleave(H // G, dim=2)
         G = H
     J = H // G  # heads of a group
     v = v.unflatten(2, (G, J))  # (B, T, G, J, V)
     S = S.unflatten(1, (G, J)).transpose(2, 3)  # (B, G, K, J, V), to be read by one matmul for J heads
-    if not per_channel:
+    if log_a.dim() == 3:
         log_a = log_a.unflatten(2, (G, J))  # (B, T, G, J), else (B, T, G, K)
 
     # 1. Cut T into n chunks of equal length L. Steps of zeros in front fill up the first chunk: k = 0 writes
     #    nothing and log_a = 0 forgets nothing
     n = math.ceil(T / chunk)
     L = math.ceil(T / n)
-    if per_channel:
+    if own_qk and log_a.shape[3] > 1:
         L = 1 << (L - 1).bit_length()  # the next power of two, for decayed_scores
     n = math.ceil(T / L)
     padding = n * L - T
     cut = []
-    for x in (q, k, v, log_a):
+    for x in (q, k, v, log_a) if beta is None else (q, k, v, log_a, beta[..., None]):
         x = x.to(dtype)
         if padding:
             x = torch.cat([x.new_zeros(B, padding, *x.shape[2:]), x], 1)
         cut.append(x.unflatten(1, (n, L)).transpose(2, 3))
-    q, k, v, log_a = cut  # q, k (B, n, G, L, K); v (B, n, G, L, J, V); log_a (B, n, G, L, J or K)
+    q, k, v, log_a, *beta = cut  # q, k (B, n, G, L, K); v (B, n, G, L, J, V); log_a (B, n, G, L, J or K)
     b = log_a.cumsum(3)
     # b_L - b_s; F.pad adds the 0 at s = L as a constant, because gradients of b_L - b_L cancel only up to
     # rounding
@@ -126,12 +143,12 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
 
     # 2. Compute the decayed scores q_t . k_s inside a chunk; q_in, which reads the state that enters; k_out
     #    and v_out, which write the state that leaves
-    if per_channel:  # q and k take the decays, one for each of their channels
+    if own_qk:  # q and k take the decays
         scores = decayed_scores(q, k, b)[:, :, :, None]  # (B, n, G, 1, L, L)
         q_in = q * b.exp()
         k_out = k * b_to_end.exp()
         v_out = v
-        state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, K, 1, 1)
+        state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, 1 or K, 1, 1)
     else:  # v and, in step 4, the output take the decays, because the heads share q and k
         b_row = b.transpose(3, 4)  # (B, n, G, J, L)
         # tril(-1) before exp makes the factor 1 where s >= t, so that no e^(+large) overflows. The tril of
@@ -143,18 +160,35 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
         v_out = v * b_to_end.exp()[..., None]
         state_decay = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, J, 1)
 
+    # The delta rule: the two solutions; J is 1. The diagonal is taken for 1, and so is not subtracted
+    from_k = [None] * n
+    if beta:
+        system = beta[0] * decayed_scores(k, k, b)  # (B, n, G, L, L)
+        right = beta[0] * torch.cat([v.squeeze(4), k * b.exp()], -1)
+        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        from_v, from_k = solved.split([V, K], -1)  # (B, n, G, L, V), (B, n, G, L, K)
+        v_out = from_v.unsqueeze(4)
+        from_k = from_k.unbind(1)
+
     # 3. From chunk to chunk: q reads the state that enters, then the state decays and takes in k v^T
     before = []
-    steps = zip(q_in.unbind(1), k_out.unbind(1), v_out.unbind(1), state_decay.unbind(1), strict=True)
-    for q_i, k_i, v_i, decay_i in steps:
+    written = []
+    steps = zip(q_in.unbind(1), k_out.unbind(1), v_out.unbind(1), state_decay.unbind(1), from_k, strict=True)
+    for q_i, k_i, v_i, decay_i, from_k_i in steps:
         before.append(q_i @ S.flatten(3))  # (B, G, L, J * V)
-        added = (k_i.mT @ v_i.flatten(3)).unflatten(3, (J, V))  # (B, G, K, J, V)
+        v_i = v_i.flatten(3)
+        if beta:
+            v_i = v_i - from_k_i @ S.flatten(3)
+            written.append(v_i)
+        added = (k_i.mT @ v_i).unflatten(3, (J, V))  # (B, G, K, J, V)
         S = torch.addcmul(added, decay_i, S)  # decay_i * S + added, in one pass
     before = torch.stack(before, 1).unflatten(4, (J, V))  # (B, n, G, L, J, V)
+    if beta:
+        v = torch.stack(written, 1).unsqueeze(4)  # (B, n, G, L, 1, V)
 
     # 4. The output: inside the chunk + from before
     inside = (scores @ v.transpose(3, 4)).transpose(3, 4)  # (B, n, G, L, J, V)
-    if per_channel:
+    if own_qk:
         o = inside + before
     else:
         o = torch.addcmul(inside, before, b.exp()[..., None])
@@ -163,7 +197,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32):
 
 
 def decayed_scores(q, k, b):
-    """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: q, k, b (..., L, K) -> (..., L, L).
+    """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: q, k (..., L, K), b (..., L, 1 or K) -> (..., L, L).
 
     e^(b_t - b_s) cannot be computed as e^(b_t) e^(-b_s): with strong decay e^(-b_s) overflows. Instead halve
     the chunk, and its halves, down to single steps, and call all of them pieces. For every s < t there is one
@@ -181,6 +215,8 @@ def decayed_scores(q, k, b):
             6     4  4  4  4  2  2  x
             7     4  4  4  4  2  2  1  x
     """
+    if b.shape[-1] == 1:  # one decay for all channels acts on the sum; tril(-1) before exp as in chunked_scan
+        return (q @ k.mT).tril() * (b - b.mT).tril(-1).exp()
     L = q.shape[-2]
     scores = (q * k).sum(-1)[..., None, None]  # (..., L, 1, 1): the diagonal, as L blocks of one step
     half = 1
@@ -509,9 +545,11 @@ if triton is not None:
 BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan, "triton": triton_scan}
 
 
-def choose_backend(device, dtype, K, V):
-    """The name of the fastest scan for such inputs, and the reason in words."""
+def choose_backend(device, dtype, K, V, delta_rule=False):
+    """The name of the fastest scan for such inputs, and the reason in words. delta_rule: with beta"""
     if device.type == "cuda" and not torch.version.hip:
+        if delta_rule:
+            return "chunked", "the kernel does not know the delta rule"
         if triton is None:
             return "chunked", "the triton package is not installed"
         if dtype not in KERNEL_DTYPES or K > MAX_K:
@@ -524,9 +562,11 @@ def choose_backend(device, dtype, K, V):
     return "chunked", "matmuls in plain PyTorch run on any device"
 
 
-def scan(q, k, v, log_a, state=None, backend=None):
+def scan(q, k, v, log_a, state=None, backend=None, beta=None):
     """Run BACKENDS[backend], or if None the scan that choose_backend names."""
     if backend is None:
-        backend, _ = choose_backend(q.device, q.dtype, q.shape[3], v.shape[3])
+        backend, _ = choose_backend(q.device, q.dtype, q.shape[3], v.shape[3], beta is not None)
+    assert beta is None or backend != "triton", "the kernel does not know the delta rule: use chunked"
+    options = {} if beta is None else dict(beta=beta)
     with torch.autocast(q.device.type, enabled=False):  # the sums and the state stay in float32
-        return BACKENDS[backend](q, k, v, log_a, state)
+        return BACKENDS[backend](q, k, v, log_a, state, **options)

@@ -6,7 +6,7 @@ training sequences from other states. Paper: Buitrago & Gu, ICML 2025, arXiv 250
 is a section of its version 1. Sections 1 to 4 of this file are its method; the recurrence is in kernels.py.
 
     1 configuration and state              5 tasks: what the models are trained and tested on
-    2 the layers: Mamba-2, GLA, Mamba-1    6 measures: what the figures show
+    2 the layers                           6 measures: what the figures show
     3 blocks and the language model        Appendix A: text and tokenizers
     4 the interventions                    Appendix B: checkpoints of other libraries
 
@@ -42,18 +42,15 @@ from kernels import scan  # the layers find it by this name, so that changed_dec
 
 # ---- 1. Configuration and state ----
 
-OFFICIAL_DEFAULTS = {
-    "mamba2": dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128),
-    "mamba1": dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16),
-    "gla": dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6),
-}
-
 
 @dataclass
 class ModelConfig:
-    """The sizes of a model, named as in mamba_ssm and flash-linear-attention. None: the default above."""
+    """The sizes of a model, named as in mamba_ssm and flash-linear-attention.
 
-    layer: str = "mamba2"  # "mamba2", "gla" or "mamba1"
+    None means the official default, which is OFFICIAL of the layer's class.
+    """
+
+    layer: str = "mamba2"  # a name of LAYERS
     vocab_size: int = 50277  # C
     d_model: int = 768  # D
     n_layer: int = 24
@@ -62,25 +59,25 @@ class ModelConfig:
     norm_eps: float | None = None
     # Mamba-2 and Mamba-1
     d_state: int | None = None  # K
-    d_conv: int = 4  # inputs that the convolution sees, the present one included
+    d_conv: int = 4  # inputs that the convolution sees, the present one included; Gated DeltaNet, too
     expand: int = 2  # H * V = expand * D
-    headdim: int = 64  # V, Mamba-2 only
+    headdim: int | None = None  # V of Mamba-2, but K of Gated DeltaNet
     ngroups: int = 1  # G, Mamba-2 only
     dt_rank: int | None = None  # Mamba-1 only; None: D / 16, rounded up
-    # GLA
-    num_heads: int = 4  # H
-    expand_k: float = 0.5  # H * K = expand_k * D
-    expand_v: float = 1.0  # H * V = expand_v * D
+    # GLA and Gated DeltaNet
+    num_heads: int | None = None  # H
+    expand_k: float = 0.5  # GLA only: H * K = expand_k * D
+    expand_v: float | None = None  # GLA: H * V = expand_v * D; Gated DeltaNet: V = expand_v * K
     hidden_ratio: float = 4  # the MLP is 2/3 * hidden_ratio * D wide, rounded up
-    gate_low_rank_dim: int = 16
+    gate_low_rank_dim: int = 16  # GLA only
     # how to compute, which changes no result
     backend: str | None = None  # a scan of kernels.py; None lets scan() choose
     recompute: bool = False  # compute each layer again in the backward pass: less memory, a third more work
 
     def __post_init__(self):
-        assert self.layer in OFFICIAL_DEFAULTS, f"unknown layer {self.layer!r}: mamba2, gla or mamba1"
+        assert self.layer in LAYERS, f"unknown layer {self.layer!r}: {', '.join(LAYERS)}"
         assert self.backend in (None, *kernels.BACKENDS), f"unknown backend {self.backend!r}"
-        for name, value in OFFICIAL_DEFAULTS[self.layer].items():
+        for name, value in LAYERS[self.layer].OFFICIAL.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.dt_rank is None:
@@ -117,6 +114,9 @@ def map_state(function, *states):
 # v and log_a from x, and leaves the recurrence to kernels.scan:
 #
 #     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
+#
+# OFFICIAL: the defaults of ModelConfig in the official code. HAS_MLP: in every block the layer is followed by
+# an MLP, and initial matrices have the std 0.02, as in flash-linear-attention.
 
 
 def zero_tensor(weight, *shape):
@@ -129,6 +129,9 @@ class Mamba2(nn.Module):
 
     The heads of a group share q and k. self.D is the weight of the skip connection, not the model width.
     """
+
+    OFFICIAL = dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128, headdim=64)
+    HAS_MLP = False
 
     def __init__(self, config):
         super().__init__()
@@ -211,6 +214,9 @@ def initial_dt_bias(n):
 class GLA(nn.Module):
     """Gated linear attention (Yang et al. 2024): a decay per key channel, log_a = logsigmoid(gate) / 16."""
 
+    OFFICIAL = dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=4, expand_v=1.0)
+    HAS_MLP = True
+
     def __init__(self, config):
         super().__init__()
         # sizes
@@ -264,6 +270,9 @@ class Mamba1(nn.Module):
     of the skip connection, not the model width.
     """
 
+    OFFICIAL = dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16)
+    HAS_MLP = False
+
     def __init__(self, config):
         super().__init__()
         # sizes
@@ -312,20 +321,90 @@ class Mamba1(nn.Module):
         return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
-LAYERS = {"mamba2": Mamba2, "gla": GLA, "mamba1": Mamba1}
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2025): one decay per head, as in Mamba-2, and the delta rule.
+
+    The delta rule writes beta_t (v_t less what k_t reads of the decayed state), so that a key takes its new
+    value in place of the old one. Keys have length 1, and beta_t lies in (0, 1).
+    """
+
+    OFFICIAL = dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=6, headdim=256)
+    OFFICIAL |= dict(expand_v=2.0)
+    HAS_MLP = True
+
+    def __init__(self, config):
+        super().__init__()
+        # sizes
+        self.H = config.num_heads
+        self.K = config.headdim
+        self.V = int(config.headdim * config.expand_v)
+        self.d_conv = config.d_conv
+        self.backend = config.backend
+        assert self.V == config.headdim * config.expand_v, f"V = {config.headdim} * {config.expand_v}"
+        self.channels = [self.H * self.K, self.H * self.K, self.H * self.V]  # of q, k and v
+
+        # weights, by their official names
+        q_channels, k_channels, v_channels = self.channels
+        self.q_proj = nn.Linear(config.d_model, q_channels, bias=False)
+        self.k_proj = nn.Linear(config.d_model, k_channels, bias=False)
+        self.v_proj = nn.Linear(config.d_model, v_channels, bias=False)
+        self.a_proj = nn.Linear(config.d_model, self.H, bias=False)
+        self.b_proj = nn.Linear(config.d_model, self.H, bias=False)
+        self.g_proj = nn.Linear(config.d_model, v_channels, bias=False)
+        self.q_conv1d = nn.Conv1d(q_channels, q_channels, config.d_conv, groups=q_channels, bias=False)
+        self.k_conv1d = nn.Conv1d(k_channels, k_channels, config.d_conv, groups=k_channels, bias=False)
+        self.v_conv1d = nn.Conv1d(v_channels, v_channels, config.d_conv, groups=v_channels, bias=False)
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
+        self.A_log = nn.Parameter(torch.empty(self.H).uniform_(0, 16).log())
+        self.o_norm = nn.RMSNorm(self.V, config.norm_eps)  # one weight, shared by the heads
+        self.o_proj = nn.Linear(v_channels, config.d_model, bias=False)
+
+    def zero_state(self, B):
+        """The LayerState of B rows before their first token."""
+        conv = zero_tensor(self.A_log, B, self.d_conv - 1, sum(self.channels))
+        return LayerState(conv, zero_tensor(self.A_log, B, self.H, self.K, self.V))
+
+    def forward(self, x, state):
+        # queries, keys and values, each mixed with its last inputs
+        conv_q, conv_k, conv_v = state.conv.split(self.channels, dim=-1)
+        q, conv_q = causal_conv(self.q_proj(x), conv_q, self.q_conv1d)  # (B, T, H K)
+        k, conv_k = causal_conv(self.k_proj(x), conv_k, self.k_conv1d)  # (B, T, H K)
+        v, conv_v = causal_conv(self.v_proj(x), conv_v, self.v_conv1d)  # (B, T, H V)
+        conv_state = torch.cat([conv_q, conv_k, conv_v], dim=-1)
+        q = unit_length(q.unflatten(-1, (self.H, self.K))) * self.K**-0.5  # (B, T, H, K)
+        k = unit_length(k.unflatten(-1, (self.H, self.K)))  # (B, T, H, K)
+        v = v.unflatten(-1, (self.H, self.V))  # (B, T, H, V)
+
+        # the recurrence, with a decay and a beta for each head
+        dt = F.softplus(self.a_proj(x) + self.dt_bias)  # (B, T, H), float32 because dt_bias is
+        log_a = -dt * self.A_log.exp()  # (B, T, H)
+        beta = self.b_proj(x).sigmoid()  # (B, T, H)
+        o, scan_state = scan(q, k, v, log_a, state.scan, self.backend, beta)  # (B, T, H, V), (B, H, K, V)
+
+        # a norm over the channels of each head, then the output gate
+        y = self.o_norm(o).flatten(-2) * F.silu(self.g_proj(x))  # (B, T, H V)
+        return self.o_proj(y), LayerState(conv_state, scan_state)
+
+
+def unit_length(x):
+    """x divided by the length of its last axis; 1e-6 as in flash-linear-attention."""
+    return (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+LAYERS = {"mamba2": Mamba2, "gla": GLA, "mamba1": Mamba1, "gdn": GatedDeltaNet}
 
 # ---- 3. Blocks and the language model ----
 
 
 class Block(nn.Module):
-    """Norm, layer and a residual connection; in GLA then also norm, MLP and a residual connection."""
+    """Norm, layer and a residual connection; if the layer HAS_MLP, then also norm, MLP and a residual one."""
 
     def __init__(self, config):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mixer = LAYERS[config.layer](config)
         self.mlp = None
-        if config.layer == "gla":
+        if self.mixer.HAS_MLP:
             self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
             self.mlp = SwiGLU(config)
 
@@ -338,7 +417,7 @@ class Block(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The MLP of GLA. Its width is 2/3 * hidden_ratio * D, rounded up to a multiple of 256."""
+    """An MLP. Its width is 2/3 * hidden_ratio * D, rounded up to a multiple of 256."""
 
     def __init__(self, config):
         super().__init__()
@@ -373,12 +452,12 @@ class LanguageModel(nn.Module):
         self.norm_f = nn.RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, padded, bias=False)
 
-        # initial weights of the official code: in GLA all matrices have the std 0.02, in Mamba out_proj is
-        # divided by sqrt(n_layer)
+        # initial weights of the official code: in flash-linear-attention all matrices and convolutions have
+        # the std 0.02, in Mamba out_proj is divided by sqrt(n_layer)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        if config.layer == "gla":
+        if LAYERS[config.layer].HAS_MLP:
             for module in self.modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, (nn.Linear, nn.Conv1d)):
                     nn.init.normal_(module.weight, std=0.02)
         else:
             for block in self.layers:
@@ -1001,8 +1080,8 @@ def changed_decay(change):
     """Within the block of this context manager, the layers of all models take change(log_a) for log_a."""
     global scan
 
-    def changed_scan(q, k, v, log_a, state, backend):
-        return kernels.scan(q, k, v, change(log_a), state, backend)
+    def changed_scan(q, k, v, log_a, state, backend, beta=None):
+        return kernels.scan(q, k, v, change(log_a), state, backend, beta)
 
     scan = changed_scan
     try:
@@ -1342,7 +1421,8 @@ def read_babilong(file, n):
 
 # ---- Appendix B: checkpoints of other libraries ----
 # We read checkpoints of mamba_ssm and transformers (Mamba-2 and Mamba-1) and of flash-linear-attention, or
-# fla (GLA). We write those of mamba_ssm and fla; transformers has a script that converts from mamba_ssm.
+# fla (GLA and Gated DeltaNet). We write those of mamba_ssm and fla; transformers has a script that converts
+# from mamba_ssm.
 
 CHECKPOINT = "checkpoint.pt"  # of train.py
 
@@ -1357,13 +1437,14 @@ OUR_FIELD = {  # a setting's name there: our field, where they differ
     "layer_norm_epsilon": "norm_eps",
     "state_size": "d_state",
     "conv_kernel": "d_conv",
+    "conv_size": "d_conv",
     "head_dim": "headdim",
     "n_groups": "ngroups",
     "time_step_rank": "dt_rank",
 }
-TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")  # the keys are all names of transformers
+TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
-FLA += ("expand_k", "expand_v", "hidden_ratio")
+FLA += ("expand_v", "hidden_ratio")
 
 # kind: (our layer, names in config.json, names in its ssm_cfg, values of our fields that the file leaves out)
 # The kind is model_type or, in mamba_ssm, the "layer" of ssm_cfg.
@@ -1374,14 +1455,18 @@ KINDS = {
     "Mamba2": ("mamba2", MAMBA_SSM, SSM_CFG_2, PADDED),
     "mamba": ("mamba1", TRANSFORMERS, (), UNPADDED),
     "mamba2": ("mamba2", TRANSFORMERS, (), UNPADDED | dict(ngroups=8, tie_embeddings=False)),
-    "gla": ("gla", FLA, (), {}),
+    "gla": ("gla", (*FLA, "expand_k"), (), {}),
+    "gated_deltanet": ("gdn", (*FLA, "head_dim", "conv_size"), (), {}),
 }
 
 # settings that change the formulas; REQUIRED is {names of settings: the values that our formulas allow}, and
 # a file without the setting has the first value
 ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
+ON += ("use_gate",)
 OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
+OFF += ("allow_neg_eigval",)
 NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")
+NONE += ("num_v_heads",)
 LIMITS = ("dt_limit", "time_step_limit")
 REQUIRED = {
     ON: [True],
@@ -1397,14 +1482,14 @@ MAMBA_NAMES = {
     "layers.": "backbone.layers.",
     "norm_f.": "backbone.norm_f.",
 }
-GLA_NAMES = {  # in this order, because "norm_f." becomes a name with ".norm." in it
+FLA_NAMES = {  # in this order, because "norm_f." becomes a name with ".norm." in it
     "embedding.": "model.embeddings.",
     "layers.": "model.layers.",
     ".norm.": ".attn_norm.",
     ".mixer.": ".attn.",
     "norm_f.": "model.norm.",
 }
-NAMES = {"mamba2": MAMBA_NAMES, "mamba1": MAMBA_NAMES, "gla": GLA_NAMES}
+NAMES = {"mamba2": MAMBA_NAMES, "mamba1": MAMBA_NAMES, "gla": FLA_NAMES, "gdn": FLA_NAMES}
 
 
 def load_checkpoint(name_or_folder):
@@ -1487,8 +1572,11 @@ def import_settings(theirs):
     # refuse settings under which the formulas are not ours
     if kind == "mamba2":
         settings.pop("norm_before_gate", None)  # published files have it, transformers does not read it
-    if settings.get("num_kv_heads") == settings.get("num_heads", 4):
-        settings.pop("num_kv_heads", None)  # as many as heads means the same as None
+    if kind == "gated_deltanet":
+        settings.pop("use_short_conv", None)  # a file without short convolutions lacks their weights
+    for name in ("num_kv_heads", "num_v_heads"):  # as many as heads means the same as None
+        if settings.get(name) == settings.get("num_heads", LAYERS[layer].OFFICIAL.get("num_heads")):
+            settings.pop(name, None)
     for required, values in REQUIRED.items():
         for name in required:
             value = settings.pop(name, values[0])
@@ -1553,14 +1641,14 @@ def model_from_checkpoint(checkpoint):
 
 
 def export_model(model, folder, dtype=torch.float32):
-    """Write config.json and pytorch_model.bin for mamba_ssm, or for GLA for flash-linear-attention.
+    """Write config.json and pytorch_model.bin for mamba_ssm, or for flash-linear-attention (GLA, gdn).
 
     dtype: of the stored weights. Raises ValueError, before anything is written, for what would be loaded
     wrongly.
     """
     assert dtype.is_floating_point, f"dtype is {dtype}, expected a floating-point one"
     config = model.config
-    kind = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla"}[config.layer]
+    kind = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla", "gdn": "gated_deltanet"}[config.layer]
     _, names, names_in_ssm_cfg, defaults = KINDS[kind]
     assumed = ModelConfig(**defaults, layer=config.layer)  # what the library takes where it has no setting
     for field in ("norm_eps", "gate_low_rank_dim", "pad_vocab_size_multiple"):
@@ -1588,7 +1676,7 @@ def export_model(model, folder, dtype=torch.float32):
 
     # the settings by the library's names
     settings = {name: getattr(config, OUR_FIELD.get(name, name)) for name in names}
-    if config.layer == "gla":
+    if config.layer in ("gla", "gdn"):
         settings["model_type"] = kind
     else:
         ssm_cfg = {name: getattr(config, name) for name in names_in_ssm_cfg}

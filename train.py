@@ -45,6 +45,7 @@ TINY_MODELS = {  # they learn echo on a laptop in minutes
     "mamba2": dict(d_model=96, n_layer=2, d_state=64, headdim=16),
     "mamba1": dict(d_model=96, n_layer=2, d_state=16),
     "gla": dict(d_model=96, n_layer=2, num_heads=2),
+    "gdn": dict(d_model=96, n_layer=2, num_heads=4, headdim=32, expand_v=1.5),
 }
 # Settings for what the command line leaves out. hold: the share of the steps after which the learning rate
 # begins to fall (0 is the paper's schedule); zero_prob: the share of the rows that start from zeros
@@ -194,7 +195,8 @@ def tell_scan(model):
     """Print which scan of kernels.py the model uses, and why."""
     layer, device = model.layers[0].mixer, model.lm_head.weight.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in training
-    backend, reason = kernels.choose_backend(device, dtype, layer.K, layer.V)
+    delta_rule = isinstance(layer, lg.GatedDeltaNet)
+    backend, reason = kernels.choose_backend(device, dtype, layer.K, layer.V, delta_rule)
     if model.config.backend:
         backend, reason = model.config.backend, "asked for"
     print_once(f"scan: {backend}, {reason}")

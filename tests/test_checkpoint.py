@@ -124,34 +124,61 @@ def test_official_checkpoints_give_the_same_logits_and_text(name, tmp_path):
     assert torch.equal(greedy(ours, tokens, 50), their_text(theirs, tokens, bad_words_ids=padding))
 
 
-def naive_gla(w, tokens, H):
-    """flash-linear-attention's GLA by definition, float64. w: its names -> weights; tokens (T,) -> (T, C)."""
+def norm(x, weight):
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
 
-    def norm(x, weight):
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
 
+def naive_fla(layer, w, tokens, H):
+    """A model of flash-linear-attention by definition, in float64: tokens (T,) -> logits (T, C).
+
+    layer: naive_gla or naive_gdn; w: {its name of a weight: weight}
+    """
     x = w["model.embeddings.weight"][tokens]
     for i in range(3):
         p = f"model.layers.{i}."
-        h = norm(x, w[p + "attn_norm.weight"])
-        q, k, v, g = (h @ w[f"{p}attn.{n}_proj.weight"].T for n in "qkvg")
-        gate = h @ w[p + "attn.gk_proj.0.weight"].T @ w[p + "attn.gk_proj.1.weight"].T
-        a = torch.sigmoid(gate + w[p + "attn.gk_proj.1.bias"]) ** (1 / 16)
-        q, k, v, a = (y.unflatten(1, (H, -1)) for y in (q, k, v, a))
-        S, o = 0, []
-        for t in range(len(tokens)):
-            S = a[t, :, :, None] * S + k[t, :, :, None] * v[t, :, None]
-            o.append(torch.einsum("hkv,hk->hv", S, q[t]) / k.shape[-1] ** 0.5)
-        g_norm = w.get(p + "attn.g_norm.weight", w.get(p + "attn.g_norm_swish_gate.weight"))
-        x = x + (norm(torch.stack(o), g_norm).flatten(1) * F.silu(g)) @ w[p + "attn.o_proj.weight"].T
+        attn = {name.removeprefix(p + "attn."): y for name, y in w.items()}
+        x = x + layer(attn, norm(x, w[p + "attn_norm.weight"]), H) @ attn["o_proj.weight"].T
         h = norm(x, w[p + "mlp_norm.weight"])
         h = F.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)
         x = x + h @ w[p + "mlp.down_proj.weight"].T
     return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
-def gla_weights(model):
-    """The weights of one of our GLAs by the names of flash-linear-attention, in float32."""
+def naive_gla(w, h, H):
+    q, k, v, g = (h @ w[f"{n}_proj.weight"].T for n in "qkvg")
+    gate = h @ w["gk_proj.0.weight"].T @ w["gk_proj.1.weight"].T
+    a = torch.sigmoid(gate + w["gk_proj.1.bias"]) ** (1 / 16)
+    q, k, v, a = (y.unflatten(1, (H, -1)) for y in (q, k, v, a))
+    S, o = 0, []
+    for t in range(len(h)):
+        S = a[t, :, :, None] * S + k[t, :, :, None] * v[t, :, None]
+        o.append(torch.einsum("hkv,hk->hv", S, q[t]) / k.shape[-1] ** 0.5)
+    g_norm = w.get("g_norm.weight", w.get("g_norm_swish_gate.weight"))
+    return norm(torch.stack(o), g_norm).flatten(1) * F.silu(g)
+
+
+def naive_gdn(w, h, H):
+    def mixed(n):
+        """A projection, each channel a weighted sum of its last four values, then SiLU; split into heads."""
+        x = F.pad(h @ w[f"{n}_proj.weight"].T, (0, 0, 3, 0))
+        weight = w[f"{n}_conv1d.weight"][:, 0]  # (channels, 4)
+        return F.silu(sum(x[i : len(h) + i] * weight[:, i] for i in range(4))).unflatten(1, (H, -1))
+
+    q, k, v = mixed("q"), mixed("k"), mixed("v")
+    q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
+    beta = torch.sigmoid(h @ w["b_proj.weight"].T)
+    a = torch.exp(-w["A_log"].exp() * F.softplus(h @ w["a_proj.weight"].T + w["dt_bias"]))
+    S, o = torch.zeros(H, k.shape[-1], v.shape[-1], dtype=h.dtype), []
+    for t in range(len(h)):
+        S = a[t, :, None, None] * S
+        new = beta[t, :, None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))
+        S = S + k[t, :, :, None] * new[:, None]
+        o.append(torch.einsum("hkv,hk->hv", S, q[t]) / k.shape[-1] ** 0.5)
+    return norm(torch.stack(o), w["o_norm.weight"]).flatten(1) * F.silu(h @ w["g_proj.weight"].T)
+
+
+def fla_weights(model):
+    """The weights of a GLA or Gated DeltaNet of ours by the names of flash-linear-attention, in float32."""
     weights = {}
     for name, x in model.state_dict().items():
         if not name.startswith("lm_head."):
@@ -166,6 +193,9 @@ GLA = dict(model_type="gla", hidden_size=32, num_hidden_layers=3, num_heads=2, v
 GLA |= dict(
     expand_v=1, hidden_ratio=4, norm_eps=1e-6, attn_mode="chunk", use_short_conv=False, fuse_norm=True
 )
+GDN = dict(model_type="gated_deltanet", hidden_size=32, num_hidden_layers=3, num_heads=2, vocab_size=40)
+GDN |= dict(head_dim=4, expand_v=1.5, hidden_ratio=4, norm_eps=1e-6, attn_mode="chunk", use_short_conv=True)
+GDN |= dict(use_gate=True, allow_neg_eigval=False, conv_size=4, num_v_heads=None, intermediate_size=None)
 
 
 def save_shards(weights, folder, shards):
@@ -182,27 +212,81 @@ def save_shards(weights, folder, shards):
 
 @pytest.mark.parametrize("shards, fuse_norm", [(1, True), (1, False), (3, True)])
 def test_flash_linear_attention_checkpoints_give_its_logits_and_text(shards, fuse_norm, tmp_path):
-    names = gla_weights(make_model("gla", vocab_size=40, d_model=32, n_layer=3))
+    names = fla_weights(make_model("gla", vocab_size=40, d_model=32, n_layer=3))
     if not fuse_norm:
         names = {k.replace("g_norm_swish_gate", "g_norm"): x for k, x in names.items()}
     (tmp_path / "config.json").write_text(json.dumps(GLA | dict(fuse_norm=fuse_norm)))
     save_shards(names, tmp_path, shards)
-    model = lg.LanguageModel.from_pretrained(str(tmp_path))
+    assert_same_as_naive(naive_gla, names, tmp_path)
+
+
+def assert_same_as_naive(layer, names, folder):
+    model = lg.LanguageModel.from_pretrained(str(folder))
     exact = {name: x.double() for name, x in names.items()}
     tokens = torch.randint(0, 40, (37,))
-    logits = naive_gla(exact, tokens, 2)
+    logits = naive_fla(layer, exact, tokens, 2)
     assert (model(tokens[None])[0][0] - logits).abs().max() < FLOAT32 * logits.abs().max()
     text = tokens
     for _ in range(50):
-        text = torch.cat([text, naive_gla(exact, text, 2)[-1].argmax(-1, keepdim=True)])
+        text = torch.cat([text, naive_fla(layer, exact, text, 2)[-1].argmax(-1, keepdim=True)])
     assert torch.equal(greedy(model, tokens[None], 50)[0], text[37:])
 
 
-def test_flash_linear_attention_loads_what_is_saved_here_and_back(tmp_path):
+def test_a_gated_deltanet_of_flash_linear_attention_gives_its_logits_and_text_and_goes_back(tmp_path):
+    names = fla_weights(make_model("gdn", vocab_size=40, d_model=32, n_layer=3))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(GDN))
+    save_shards(names, tmp_path / "theirs", 1)
+    assert_same_as_naive(naive_gdn, names, tmp_path / "theirs")
+    lg.LanguageModel.from_pretrained(str(tmp_path / "theirs")).save_pretrained(str(tmp_path / "back"))
+    back = torch.load(tmp_path / "back" / "pytorch_model.bin")
+    assert names.keys() == back.keys() and all(torch.equal(x, back[name]) for name, x in names.items())
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert settings.items() <= GDN.items() | {("tie_word_embeddings", False)}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(use_gate=False), "its use_gate is False"),
+        (dict(allow_neg_eigval=True), "its allow_neg_eigval is True"),
+        (dict(num_v_heads=4), "its num_v_heads is 4"),
+        (dict(attn=dict(layers=[0])), "its attn is"),
+        (dict(expand_v=1.3), "V = 4"),
+        (dict(intermediate_size=768), "size mismatch"),
+    ],
+)
+def test_a_gated_deltanet_of_another_formula_is_refused(changes, message, tmp_path):
+    sizes = dict(
+        vocab_size=40, d_model=32, n_layer=3, hidden_ratio=30 if "intermediate_size" in changes else 4
+    )
+    save_shards(fla_weights(make_model("gdn", **sizes)), tmp_path, 1)
+    (tmp_path / "config.json").write_text(json.dumps(GDN | changes))
+    with pytest.raises(ValueError, match=message):
+        lg.LanguageModel.from_pretrained(str(tmp_path))
+
+
+def test_a_gated_deltanet_without_short_convolutions_is_refused(tmp_path):
+    names = fla_weights(make_model("gdn", vocab_size=40, d_model=32, n_layer=3))
+    save_shards({name: x for name, x in names.items() if "conv1d" not in name}, tmp_path, 1)
+    (tmp_path / "config.json").write_text(json.dumps(GDN | dict(use_short_conv=False)))
+    with pytest.raises(ValueError, match=r"Missing key\(s\).*q_conv1d"):
+        lg.LanguageModel.from_pretrained(str(tmp_path))
+
+
+def test_as_many_heads_of_values_as_of_keys_means_the_same_as_none():
+    assert lg.import_settings(GDN | dict(num_v_heads=2)) == lg.import_settings(GDN)
+
+
+@pytest.mark.parametrize(
+    "name, their_class", [("gla", "GLAForCausalLM"), ("gdn", "GatedDeltaNetForCausalLM")]
+)
+def test_flash_linear_attention_loads_what_is_saved_here_and_back(name, their_class, tmp_path):
     fla = needs("fla.models")
-    ours = make_model("gla", vocab_size=40, d_model=32, n_layer=3).float()
+    ours = make_model(name, vocab_size=40, d_model=32, n_layer=3).float()
     ours.save_pretrained(str(tmp_path / "ours"))
-    theirs, info = fla.GLAForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    model_class = getattr(fla, their_class)
+    theirs, info = model_class.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[x] for x in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     theirs.save_pretrained(tmp_path / "theirs")
     back = lg.LanguageModel.from_pretrained(str(tmp_path / "theirs"))
@@ -271,6 +355,7 @@ def test_an_untied_checkpoint_that_lacks_one_of_the_two_is_refused(name, tmp_pat
         (dict(model_type="mamba2", hidden_size=8), 1, False),
         (dict(model_type="mamba", hidden_size=8), 1, True),
         (dict(model_type="gla", hidden_size=8), 1, False),
+        (dict(model_type="gated_deltanet", hidden_size=8), 1, False),
     ],
 )
 def test_a_setting_left_out_means_what_it_means_in_that_library(settings, pad, tied):
@@ -282,6 +367,7 @@ OURS = {
     "mamba2": dict(pad_vocab_size_multiple=16),
     "mamba1": dict(tie_embeddings=False),
     "gla": dict(d_model=16),
+    "gdn": dict(d_conv=3),
 }
 
 
@@ -572,7 +658,7 @@ def save_gla(folder, shards=1):
     model = make_model("gla").float()
     model.save_pretrained(str(folder))
     (folder / "pytorch_model.bin").unlink()
-    save_shards(gla_weights(model), folder, shards)
+    save_shards(fla_weights(model), folder, shards)
     return model
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import gla_weights, needs
+from test_checkpoint import fla_weights, needs
 from test_model import make_model
 from test_tokenizer import make_sentencepiece, make_tokenizer
 
@@ -129,7 +129,7 @@ def put_gla(folder):
     folder.mkdir(parents=True)
     words = lg.load_tokenizer(str(make_sentencepiece(folder))).words
     model = make_model("gla", vocab_size=words).float()
-    save_file(gla_weights(model), folder / "model.safetensors")
+    save_file(fla_weights(model), folder / "model.safetensors")
     settings = dict(model_type="gla", hidden_size=8, num_hidden_layers=2, num_heads=2, vocab_size=words)
     (folder / "config.json").write_text(json.dumps(settings))
     return model

@@ -11,6 +11,7 @@ import lengthgen as lg
 MODELS = {
     "mamba2": dict(layer="mamba2", d_state=6, headdim=4, ngroups=2),
     "gla": dict(layer="gla", num_heads=2),
+    "gdn": dict(layer="gdn", num_heads=2, headdim=4, expand_v=1.5),
 }
 EXACT = 1e-9  # float64: only the order of additions differs
 FLOAT32 = 1e-5  # float32 sums of some hundred numbers; the difference of squares costs a digit

@@ -195,6 +195,7 @@ MODELS = {
     "mamba2": dict(d_state=6, headdim=4, ngroups=2),
     "gla": dict(num_heads=2),
     "mamba1": dict(d_state=6, dt_rank=3),
+    "gdn": dict(num_heads=2, headdim=4, expand_v=1.5),
 }
 
 

@@ -10,6 +10,7 @@ MODELS = {
     "mamba2": dict(layer="mamba2", d_state=6, headdim=4, ngroups=2),
     "mamba1": dict(layer="mamba1", d_state=6, dt_rank=3),
     "gla": dict(layer="gla", num_heads=2),
+    "gdn": dict(layer="gdn", num_heads=2, headdim=4, expand_v=1.5),
 }
 EXACT = 1e-9  # float64: only the order of additions differs
 FLOAT32 = 1e-5  # of the largest value, after two layers of float32
@@ -222,8 +223,9 @@ def test_weights_start_as_the_official_ones_do():
     assert dt.min() >= 0.99e-4 and dt.max() <= 0.101 and A.min() >= 1 and A.max() <= 16
     bound = mixer.d_inner**-0.5 / 4**0.5  # Kaiming-uniform, divided by sqrt(n_layer)
     assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
-    gla = lg.LanguageModel(lg.ModelConfig(layer="gla", vocab_size=500, d_model=256, n_layer=2))
-    assert all(abs(p.std() - 0.02) < 0.002 for p in gla.parameters() if p.dim() == 2)
+    for name in ("gla", "gdn"):
+        model = lg.LanguageModel(lg.ModelConfig(layer=name, vocab_size=500, d_model=256, n_layer=2))
+        assert all(abs(p.std() - 0.02) < 0.002 for p in model.parameters() if p.dim() > 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -250,7 +252,7 @@ def test_tokens_and_states_of_other_shapes_are_refused(name):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(layer="transformer"), "unknown layer 'transformer': mamba2, gla or mamba1"),
+        (dict(layer="transformer"), "unknown layer 'transformer': mamba2, gla, mamba1, gdn"),
         (dict(backend="magic"), "unknown backend 'magic'"),
     ],
 )
