@@ -1,6 +1,7 @@
 """The key figures of the paper (Buitrago & Gu, ICML 2025), from one command.
 
-    python eval.py reproduce                        train what is missing, then draw every figure
+    python eval.py reproduce                        train what is missing, then draw the figures of --model
+    python eval.py reproduce architectures          the same for the figure of all architectures
     python eval.py                                  draw every figure whose runs exist
     python eval.py poswise effrem                   draw these figures
     python eval.py poswise --init RUN --data PATH   how a given checkpoint breaks past its training length
@@ -84,7 +85,10 @@ def state_growth(model, corpus, T, task, B=64):
 
 
 def retention(model, corpus, T, task, B=256):
-    """The share of its state that a head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted."""
+    """The share of its state that a head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted.
+
+    What Gated DeltaNet keeps is less, because the delta rule overwrites, too.
+    """
     tokens, _ = held_out_streams(task, corpus, T, B, 1)
     kept = []
     for log_a in lg.decays(model, tokens[:, :-1]):
@@ -198,7 +202,7 @@ PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
 MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
 ALL = {run: run for run in [*train.STYLES, *ADDED]}
 ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
-COPIES = {run: run for run in ["base", "zero", "state_passing"]}
+WITH_CONTROL = {run: run for run in ["base", "zero", "state_passing"]}
 # {run on echo: the run on BABILong that starts from it}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
 STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
@@ -210,6 +214,7 @@ for run in ALL_BUT_SCAN:
         shorter = {steps / 1400: f"steps{steps}/{run}" for steps in SHORT_STEPS}
         BUDGET[run] = {0: "base", **shorter, 500 / 1400: run}
 LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
+ARCHITECTURES = "architectures"  # the figure that draws all of TINY_MODELS, not only --model
 FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, task of the runs, runs), ...])
     "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
     "interventions": (
@@ -230,13 +235,18 @@ FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, 
         [(retention, "echo", PAIR), (decay_minus, "echo", PAIR), (decay_times, "echo", PAIR)],
     ),
     "effrem": ("Effective remembrance at 4 T", "echo", [(effrem, "echo", MAIN)]),
-    "copying": ("Copying random letters", "copy", [(copy_accuracy, "copy", COPIES)]),
+    "copying": ("Copying random letters", "copy", [(copy_accuracy, "copy", WITH_CONTROL)]),
     "passkey": ("A passkey after fine-tuning", "passkey", [(passkey_accuracy, "passkey", ALL_BUT_SCAN)]),
     "babilong": ("BABILong after fine-tuning", "babilong", [(babilong_accuracy, "babilong", STARTS)]),
     "sweep": (
         "When does a base break?",
         "sweep",
         [(train.loss_by_position, "echo", STEPS), (train.loss_by_position, "echo", LENGTHS)],
+    ),
+    ARCHITECTURES: (
+        "Loss by position of every architecture",
+        ARCHITECTURES,
+        [(train.loss_by_position, "echo", WITH_CONTROL)],
     ),
 }
 
@@ -253,25 +263,22 @@ def draw_figure(name, args, corpus, device):
     Raises MissingRuns if there is no run for it.
     """
     title, _, comparisons = FIGURES[name]
+    models = train.TINY_MODELS if name == ARCHITECTURES else [args.model]
+    options = f"{name} --model {args.model} --out {shlex.quote(args.out)}"
     panels = []
-    for measure, task, runs in comparisons:
-        # {label: measurements, one for each seed that is there}
-        found = {}
-        for label, run in runs.items():
-            for seed in range(args.seeds):
-                if isinstance(run, dict):
-                    measurement = measure_series(run, seed, measure, task, args, corpus, device)
-                else:
-                    folder = folder_of(args.out, args.model, task, run, seed)
-                    measurement = measure_run(folder, measure, corpus, device)
-                if measurement:
-                    found.setdefault(label, []).append(measurement)
-        if not found:
-            command = f"python eval.py reproduce {name} --model {args.model} --out {shlex.quote(args.out)}"
-            raise MissingRuns(f"no finished run of {args.model} on {task}, make it with: {command}")
-        panels += train.panels_of(found, args.seeds)
-    path = os.path.join(args.out, "figures", f"{args.model}-{name}.png")
-    train.draw(panels, path, f"{title}\n{args.model}, seeds: {args.seeds}")
+    for model in models:
+        for measure, task, runs in comparisons:
+            found = measure_runs(model, measure, task, runs, args, corpus, device)
+            if not found:
+                command = f"python eval.py reproduce {options}"
+                raise MissingRuns(f"no finished run of {model} on {task}, make it with: {command}")
+            for panel in train.panels_of(found, args.seeds):
+                if name == ARCHITECTURES:
+                    panel["title"] = f"{model}: {panel['title']}"
+                panels.append(panel)
+    drawn = "all" if name == ARCHITECTURES else args.model
+    path = os.path.join(args.out, "figures", f"{drawn}-{name}.png")
+    train.draw(panels, path, f"{title}\n{drawn}, seeds: {args.seeds}")
     print(f"\n{name}: {path}")
     train.print_table(panels)
 
@@ -281,11 +288,26 @@ def draw_figure(name, args, corpus, device):
     if file.exists():
         with lg.reading(file, "results of eval.py; remove the file to start anew"):
             results = json.loads(file.read_text())
-    out = shlex.quote(args.out)
-    command = f"python eval.py {name} --out {out} --model {args.model} --seeds {args.seeds}"
+    command = f"python eval.py {options} --seeds {args.seeds}"
     entry = dict(picture=path, command=command, versions=train.VERSIONS, panels=panels)
-    results.setdefault(args.model, {})[name] = entry
+    results.setdefault(drawn, {})[name] = entry
     lg.write_text(file, json.dumps(results, indent=1))
+
+
+def measure_runs(model, measure, task, runs, args, corpus, device):
+    """{label of a run: its measurements, one for each seed that is there} of one architecture."""
+    found = {}
+    for label, run in runs.items():
+        for seed in range(args.seeds):
+            if isinstance(run, dict):
+                folder_at = {x: folder_of(args.out, model, task, one, seed) for x, one in run.items()}
+                measurement = measure_series(folder_at, measure, corpus, device)
+            else:
+                folder = folder_of(args.out, model, task, run, seed)
+                measurement = measure_run(folder, measure, corpus, device)
+            if measurement:
+                found.setdefault(label, []).append(measurement)
+    return found
 
 
 def folder_of(out, model, task, run, seed):
@@ -316,19 +338,18 @@ def measure_run(folder, measure, corpus, device):
     return train.load_or_measure(folder, measure, model, corpus, settings.T, settings.task)
 
 
-def measure_series(run_at, seed, measure, task, args, corpus, device):
-    """One curve from several runs, {x: run}: at each x the run's last value. None unless all are there."""
-    measurements = []
-    for run in run_at.values():
-        folder = folder_of(args.out, args.model, task, run, seed)
-        measurements.append(measure_run(folder, measure, corpus, device))
+def measure_series(folder_at, measure, corpus, device):
+    """One curve from several runs, {x: folder}: at each x the run's last value. None unless all are there."""
+    measurements = [measure_run(folder, measure, corpus, device) for folder in folder_at.values()]
     if None in measurements:
         return None
     first = measurements[0]
     values = {}
     for title in first["values"]:
         values[title] = [measurement["values"][title][-1] for measurement in measurements]
-    return dict(xlabel="steps / steps of pre-training", ylabel=first["ylabel"], x=list(run_at), values=values)
+    return dict(
+        xlabel="steps / steps of pre-training", ylabel=first["ylabel"], x=list(folder_at), values=values
+    )
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
@@ -372,6 +393,11 @@ PLAN = {
         "--task echo --T 26 --batch 123 --out {out}/T26",
         "--task echo --T 98 --batch 33 --out {out}/T98",
     ],
+    ARCHITECTURES: [
+        f"--task echo --model {model} --intervention {name}"
+        for model in train.TINY_MODELS
+        for name in ("zero", "state_passing")
+    ],
 }
 
 
@@ -396,7 +422,7 @@ def command_lines(experiment, args, seed):
     lines = []
     for line in PLAN[experiment]:
         line = line.format(out=out, model=args.model, seed=seed, echo=f"{out}/{args.model}-echo")
-        if "--init" not in line:  # with it the model is known
+        if "--init" not in line and "--model" not in line:  # with --init the model is known
             line += f" --model {args.model}"
         if "--out" not in line:
             line += f" --out {out}"
@@ -547,7 +573,8 @@ def main(argv=None):
     # figures of the runs under --out
     asked = [name for name in args.what if name in FIGURES]
     if "reproduce" in args.what:
-        reproduce(asked or FIGURES, args)
+        # the four architectures take an hour of their own
+        reproduce(asked or [name for name in FIGURES if name != ARCHITECTURES], args)
     corpus = lg.load_corpus()
     for name in asked or FIGURES:
         try:

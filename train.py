@@ -711,7 +711,7 @@ def draw(panels, path, title):
 
     The legend at the right names every curve of the picture once.
     """
-    columns = min(3, len(panels))
+    columns = 3 if len(panels) in (3, 5) else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * rows), layout="constrained")
     lines = {}  # the curves by name

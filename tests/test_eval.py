@@ -304,7 +304,10 @@ def test_copy_refuses_other_vocabularies_than_bytes_and_passkey_a_window_without
 # eval.py end to end, at sizes that take seconds
 
 TOY_MODELS = dict(
-    mamba2=dict(d_model=16, n_layer=2, d_state=8, headdim=8), gla=dict(d_model=16, n_layer=2, num_heads=2)
+    mamba2=dict(d_model=16, n_layer=2, d_state=8, headdim=8),
+    gla=dict(d_model=16, n_layer=2, num_heads=2),
+    mamba1=dict(d_model=16, n_layer=2, d_state=4),
+    gdn=dict(d_model=16, n_layer=2, num_heads=2, headdim=8, expand_v=1),
 )
 TOY_SIZES = dict(B=2, lengths=(1, 2))
 
@@ -360,6 +363,7 @@ def reproduced(corpus, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_toys(patch.setattr, corpus)
         ev.main(["reproduce", "--out", out, "--device", "cpu"])
+        ev.main(["reproduce", ev.ARCHITECTURES, "--out", out, "--device", "cpu"])
     return out
 
 
@@ -370,10 +374,13 @@ def toys(monkeypatch, corpus):
 
 def test_reproduce_draws_every_figure_and_keeps_every_number(reproduced):
     with open(os.path.join(reproduced, "results.json")) as f:
-        results = json.load(f)["mamba2"]
+        results = json.load(f)
+    assert list(results) == ["mamba2", "all"] and list(results["all"]) == [ev.ARCHITECTURES]
+    results = results["mamba2"] | results["all"]
     assert list(results) == list(ev.FIGURES)
     for name, result in results.items():
-        with open(os.path.join(reproduced, "figures", f"mamba2-{name}.png"), "rb") as f:
+        model = "all" if name == ev.ARCHITECTURES else "mamba2"
+        with open(os.path.join(reproduced, "figures", f"{model}-{name}.png"), "rb") as f:
             assert f.read(8) == b"\x89PNG\r\n\x1a\n"
         assert result["command"].startswith(f"python eval.py {name}") and "torch" in result["versions"]
         for panel in result["panels"]:
@@ -388,7 +395,10 @@ def test_reproduce_draws_every_figure_and_keeps_every_number(reproduced):
 
 def test_every_label_of_a_figure_is_trained_by_its_plan(reproduced):
     with open(os.path.join(reproduced, "results.json")) as f:
-        results = json.load(f)["mamba2"]
+        results = json.load(f)
+    titles = [panel["title"] for panel in results["all"][ev.ARCHITECTURES]["panels"]]
+    assert titles == [f"{model}: {part}" for model in TOY_MODELS for part in ("text", "echo")]
+    results = results["mamba2"] | results["all"]
     for name, (_, _, measures) in ev.FIGURES.items():
         drawn = {label for panel in results[name]["panels"] for label in panel["curves"]}
         wanted = {label for _, _, labels in measures for label in labels}
@@ -468,7 +478,8 @@ def test_a_plan_is_command_lines_that_train_py_understands(toys):
         for line in ev.command_lines(experiment, asked, 3):
             args = train.parse_arguments(shlex.split(line))
             assert (args.seed, args.out.startswith("a folder")) == (3, True)
-            assert args.model == "gla" or args.init.startswith("a folder/gla-")
+            asks_for = [*train.TINY_MODELS] if experiment == ev.ARCHITECTURES else ["gla"]
+            assert args.model in asks_for or args.init.startswith("a folder/gla-")
 
 
 CHILD = """
@@ -697,8 +708,8 @@ def test_the_name_of_a_published_babilong_file_tells_its_task_whatever_its_folde
     [
         (["babilong", "--init", "RUN"], "babilong needs a T of at least 128, got 50"),
         (
-            ["effrem", "--model", "gla"],
-            r"no finished run of gla on echo, make it with: python eval.py reproduce",
+            ["text", "--model", "gla"],
+            r"no finished run of gla on mixed, make it with: python eval.py reproduce",
         ),
         (["nonsense"], "unknown figure 'nonsense', expected reproduce, sample or poswise"),
         (["effrem", "--data", "x"], "--data needs --init RUN"),
