@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 import pytest
+import test_delta_rule as delta
 import torch
 from test_train import Stopped, metrics, same, stop_after
 
@@ -186,6 +187,27 @@ def test_mamba1_is_heads_of_V_1(ladder):
     of_32 = error(run(heads(chunks), inputs, cotangents, torch.float32), exact)
     errors = f"{max(loop, in_chunks):.1e} (float64), {of_32:.1e} (float32)"
     ladder("Mamba-1 = heads of V 1", errors)
+    assert loop < FLOAT64 and in_chunks < FLOAT64 and of_32 < FLOAT32
+
+
+def test_the_delta_rule_is_its_formula(ladder):
+    def worst_of(function, dtype=torch.float64):
+        errors = []
+        for T in delta.LENGTHS:
+            for decay in ("none", "mixed", "with resets"):
+                for vector in (False, True):
+                    inputs, cotangents = delta.make_inputs(T, vector, decay)
+                    exact = run(delta.formula, inputs, cotangents)
+                    errors.append(error(run(function, inputs, cotangents, dtype), exact))
+        return torch.tensor(errors).max().item()
+
+    loop, in_chunks, of_32 = (
+        worst_of(delta.loop),
+        worst_of(delta.chunks),
+        worst_of(delta.chunks, torch.float32),
+    )
+    errors = f"{max(loop, in_chunks):.1e} (float64), {of_32:.1e} (float32)"
+    ladder("delta rule = its formula", errors)
     assert loop < FLOAT64 and in_chunks < FLOAT64 and of_32 < FLOAT32
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 import lengthgen as lg
 
 MODELS = {
@@ -93,6 +94,19 @@ def test_chunks_and_definition_give_the_same_model(name):
     tokens = torch.randint(0, 11, (2, 40))
     chunked, recurrent = make_model(name), make_model(name, backend="recurrent")
     assert (chunked(tokens)[0] - recurrent(tokens)[0]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_takes_the_scan_that_the_settings_name(name, monkeypatch):
+    asked = []
+
+    def recorded(*args, **options):
+        asked.append(1)
+        return kernels.recurrent_scan(*args, **options)
+
+    monkeypatch.setitem(kernels.BACKENDS, "recurrent", recorded)
+    make_model(name, backend="recurrent")(torch.randint(0, 11, (2, 5)))
+    assert len(asked) == 2  # once in each layer
 
 
 @pytest.mark.parametrize("name", MODELS)
