@@ -87,7 +87,7 @@ def state_growth(model, corpus, T, task, B=64):
 def retention(model, corpus, T, task, B=256):
     """The share of its state that a head keeps over T: the mean of exp(log a_1 + ... + log a_T), sorted.
 
-    What Gated DeltaNet keeps is less, because the delta rule overwrites, too.
+    In Gated DeltaNet this is an upper bound, because the delta rule also overwrites.
     """
     tokens, _ = held_out_streams(task, corpus, T, B, 1)
     kept = []
@@ -260,11 +260,15 @@ class MissingRuns(ValueError):
 def draw_figure(name, args, corpus, device):
     """Draw one figure of the runs under --out, print its numbers, and add them to results.json.
 
-    Raises MissingRuns if there is no run for it.
+    Raises MissingRuns if one of its architectures or comparisons has no run.
     """
     title, _, comparisons = FIGURES[name]
-    models = train.TINY_MODELS if name == ARCHITECTURES else [args.model]
-    options = f"{name} --model {args.model} --out {shlex.quote(args.out)}"
+    options = f"{name} --out {shlex.quote(args.out)}"
+    if name == ARCHITECTURES:
+        drawn, models = "all", list(train.TINY_MODELS)
+    else:
+        drawn, models = args.model, [args.model]
+        options += f" --model {args.model}"
     panels = []
     for model in models:
         for measure, task, runs in comparisons:
@@ -273,10 +277,9 @@ def draw_figure(name, args, corpus, device):
                 command = f"python eval.py reproduce {options}"
                 raise MissingRuns(f"no finished run of {model} on {task}, make it with: {command}")
             for panel in train.panels_of(found, args.seeds):
-                if name == ARCHITECTURES:
+                if len(models) > 1:
                     panel["title"] = f"{model}: {panel['title']}"
                 panels.append(panel)
-    drawn = "all" if name == ARCHITECTURES else args.model
     path = os.path.join(args.out, "figures", f"{drawn}-{name}.png")
     train.draw(panels, path, f"{title}\n{drawn}, seeds: {args.seeds}")
     print(f"\n{name}: {path}")
@@ -295,12 +298,15 @@ def draw_figure(name, args, corpus, device):
 
 
 def measure_runs(model, measure, task, runs, args, corpus, device):
-    """{label of a run: its measurements, one for each seed that is there} of one architecture."""
+    """Measure what a figure compares, for one architecture: {label: one measurement per seed that is there}.
+
+    A run that is a dictionary {x: run} is a series of runs, which give one curve.
+    """
     found = {}
     for label, run in runs.items():
         for seed in range(args.seeds):
             if isinstance(run, dict):
-                folder_at = {x: folder_of(args.out, model, task, one, seed) for x, one in run.items()}
+                folder_at = {x: folder_of(args.out, model, task, member, seed) for x, member in run.items()}
                 measurement = measure_series(folder_at, measure, corpus, device)
             else:
                 folder = folder_of(args.out, model, task, run, seed)
@@ -339,7 +345,10 @@ def measure_run(folder, measure, corpus, device):
 
 
 def measure_series(folder_at, measure, corpus, device):
-    """One curve from several runs, {x: folder}: at each x the run's last value. None unless all are there."""
+    """One curve from several runs, {x: folder}: at each x the last value of its run.
+
+    None unless all runs are there.
+    """
     measurements = [measure_run(folder, measure, corpus, device) for folder in folder_at.values()]
     if None in measurements:
         return None
@@ -422,7 +431,7 @@ def command_lines(experiment, args, seed):
     lines = []
     for line in PLAN[experiment]:
         line = line.format(out=out, model=args.model, seed=seed, echo=f"{out}/{args.model}-echo")
-        if "--init" not in line and "--model" not in line:  # with --init the model is known
+        if "--init" not in line and "--model" not in line:  # a checkpoint of --init brings its own model
             line += f" --model {args.model}"
         if "--out" not in line:
             line += f" --out {out}"
@@ -516,7 +525,9 @@ def parse_arguments(argv):
     p = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="*", help=f"reproduce, sample, or some of {', '.join(FIGURES)} (all)")
     p.add_argument("--out", default="runs", help="folder of the runs")
-    p.add_argument("--model", default="mamba2", choices=train.TINY_MODELS, help="architecture of the runs")
+    p.add_argument(
+        "--model", default="mamba2", choices=train.TINY_MODELS, help="architecture of the runs (mamba2)"
+    )
     p.add_argument("--seeds", type=train.positive_type, default=1, help="how many: 3 stands for 0, 1 and 2")
     p.add_argument(
         "--device", choices=["cuda", "mps", "cpu"], help="where to compute (a GPU if there is one)"
@@ -573,7 +584,7 @@ def main(argv=None):
     # figures of the runs under --out
     asked = [name for name in args.what if name in FIGURES]
     if "reproduce" in args.what:
-        # the four architectures take an hour of their own
+        # "architectures" trains every model, which takes long, so it runs only if it is asked for
         reproduce(asked or [name for name in FIGURES if name != ARCHITECTURES], args)
     corpus = lg.load_corpus()
     for name in asked or FIGURES:

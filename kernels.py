@@ -1,4 +1,4 @@
-"""The one recurrence behind four layers: step by step, in chunks, and as one GPU kernel.
+"""The one recurrence behind four layers: step by step, in chunks and, without beta, as one GPU kernel.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
 
@@ -9,14 +9,18 @@
     q, k    (B, T, G, K)                v  (B, T, H, V)
     log_a   (B, T, H)    one decay per head (Mamba-2, Gated DeltaNet), or
             (B, T, H, K) one decay per key channel (GLA, Mamba-1)
+    beta    (B, T, H)    one beta per head (Gated DeltaNet); None means no delta rule
     state   (B, H, K, V) the S before the first step; None means zeros
 
 log_a is never positive; below -30, -inf included, it counts as -30 and forgets all but e^-30 of the state.
 States are float32, or float64 where the inputs are.
 
-The delta rule (Gated DeltaNet) writes only what is new. A beta_t per head, beta (B, T, H), makes each step
-replace v_t by beta_t (v_t - (a_t S_{t-1})^T k_t), that is v_t less what k_t reads already. triton_scan has no
-beta.
+With beta, a step follows the delta rule. It writes w_t instead of v_t:
+
+    w_t = beta_t (v_t - (diag(a_t) S_{t-1})^T k_t)
+
+So it writes only beta_t of the difference between v_t and what k_t reads from the decayed state. A step does
+not enlarge the old state while 0 <= beta_t |k_t|^2 <= 2.
 
 Every scan returns o (B, T, H, V) in v's dtype and the final state (B, H, K, V). Gradients reach every
 input and the initial state, and flow in from the final state. q, k and v share one dtype.
@@ -59,7 +63,7 @@ def check_and_clamp(q, k, v, log_a, state, beta=None):
 
 
 def recurrent_scan(q, k, v, log_a, state=None, beta=None):
-    """The recurrence, one step at a time: the oracle of every test. Shapes as at the top of this file."""
+    """The recurrence, one step at a time: the oracle of the tests. Shapes as at the top of this file."""
     log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state, beta)
     # sums in float32, or in float64 if v is; every head gets the q and k of its group
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -74,8 +78,9 @@ def recurrent_scan(q, k, v, log_a, state=None, beta=None):
     steps = zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), a.unbind(1), betas, strict=True)
     for q_t, k_t, v_t, a_t, beta_t in steps:
         S = a_t * S  # (B, H, K, V)
-        if beta_t is not None:
-            v_t = beta_t[..., None] * (v_t - (S * k_t[..., :, None]).sum(-2))  # (B, H, V)
+        if beta_t is not None:  # the delta rule: v_t becomes w_t
+            read = (S * k_t[..., :, None]).sum(-2)  # (B, H, V)
+            v_t = beta_t[..., None] * (v_t - read)  # (B, H, V)
         S = S + k_t[..., :, None] * v_t[..., None, :]
         o.append((S * q_t[..., :, None]).sum(-2))  # (B, H, V)
     return torch.stack(o, 1).to(v.dtype), S
@@ -92,25 +97,28 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
         o_t = sum_{s <= t} e^(b_t - b_s) (q_t . k_s) v_s + e^(b_t) S^T q_t      inside the chunk + from before
         S'  = e^(b_L) S + sum_s e^(b_L - b_s) k_s v_s^T                         enters the next chunk
 
-    With one decay per key channel, b_t is a vector, and e^(b_t - b_s) goes inside the sum over channels of
-    q_t . k_s. No exponent is positive, so nothing overflows at any decay. Shapes as at the top of this file.
+    With one decay per key channel, b_t is a vector. Then e^(b_t - b_s) goes inside the sum over channels of
+    q_t . k_s, e^(b_t) multiplies q_t, and e^(b_L - b_s) multiplies k_s. No exponent is positive, so nothing
+    overflows at any decay. Shapes as at the top of this file.
 
-    With beta, v_t stands for the value w_t that the delta rule writes instead of v_t. It depends on the
-    values written before it and on S:
+    With beta, w_t (top of this file) takes the place of v_t in both lines. It depends on the values that the
+    chunk wrote before, and on S. With the unknowns on the left, its definition reads
 
-        w_t = beta_t (v_t - sum_{s < t} e^(b_t - b_s) (k_t . k_s) w_s - e^(b_t) S^T k_t)
+        w_t + sum_{s < t} beta_t e^(b_t - b_s) (k_t . k_s) w_s = beta_t v_t - beta_t e^(b_t) S^T k_t
 
-    These are L linear equations with a triangular matrix. Two right sides, beta_t v_t and beta_t e^(b_t) k_t,
-    give w = from_v - from_k S for all chunks at once, before S is known (Yang et al. 2024).
+    These are L linear equations. Their matrix is lower triangular with ones on the diagonal. Its inverse
+    turns the rows beta_t v_t into from_v, and the rows beta_t e^(b_t) k_t into from_k, in all chunks at once
+    and without S. Once S is known, the rows of from_v - from_k S are the w_t (Yang et al., NeurIPS 2024).
     """
     log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state, beta)
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
 
-    # The heads of a group share the matmuls of its q and k. With one decay per key channel, or with beta, the
-    # decays enter q and k, so every head needs a copy of its own
-    own_qk = log_a.dim() == 4 or beta is not None
+    # The heads of a group share the matmuls of its q and k, unless every head needs a q and k of its own: one
+    # decay per key channel multiplies them, and with beta each head has a triangular matrix of its own
+    per_channel = log_a.dim() == 4
+    own_qk = per_channel or beta is not None
     if own_qk and G < H:
         q = q.repeat_interleave(H // G, dim=2)
         k = k.repeat_interleave(H // G, dim=2)
@@ -118,75 +126,79 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
     J = H // G  # heads of a group
     v = v.unflatten(2, (G, J))  # (B, T, G, J, V)
     S = S.unflatten(1, (G, J)).transpose(2, 3)  # (B, G, K, J, V), to be read by one matmul for J heads
-    if log_a.dim() == 3:
+    if not per_channel:
         log_a = log_a.unflatten(2, (G, J))  # (B, T, G, J), else (B, T, G, K)
 
     # 1. Cut T into n chunks of equal length L. Steps of zeros in front fill up the first chunk: k = 0 writes
     #    nothing and log_a = 0 forgets nothing
     n = math.ceil(T / chunk)
     L = math.ceil(T / n)
-    if own_qk and log_a.shape[3] > 1:
+    if per_channel:
         L = 1 << (L - 1).bit_length()  # the next power of two, for decayed_scores
     n = math.ceil(T / L)
     padding = n * L - T
-    cut = []
-    for x in (q, k, v, log_a) if beta is None else (q, k, v, log_a, beta[..., None]):
+
+    def cut(x):
+        """(B, T, G, ...) -> (B, n, G, L, ...)"""
         x = x.to(dtype)
         if padding:
             x = torch.cat([x.new_zeros(B, padding, *x.shape[2:]), x], 1)
-        cut.append(x.unflatten(1, (n, L)).transpose(2, 3))
-    q, k, v, log_a, *beta = cut  # q, k (B, n, G, L, K); v (B, n, G, L, J, V); log_a (B, n, G, L, J or K)
+        return x.unflatten(1, (n, L)).transpose(2, 3)
+
+    q, k = cut(q), cut(k)  # (B, n, G, L, K)
+    v, log_a = cut(v), cut(log_a)  # (B, n, G, L, J, V), (B, n, G, L, J or K)
+    if beta is not None:
+        beta = cut(beta[..., None])  # (B, n, G, L, 1)
     b = log_a.cumsum(3)
     # b_L - b_s; F.pad adds the 0 at s = L as a constant, because gradients of b_L - b_L cancel only up to
     # rounding
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
     # 2. Compute the decayed scores q_t . k_s inside a chunk; q_in, which reads the state that enters; k_out
-    #    and v_out, which write the state that leaves
+    #    and v_out, which write the state that leaves. With beta, step 3 replaces v_out
     if own_qk:  # q and k take the decays
         scores = decayed_scores(q, k, b)[:, :, :, None]  # (B, n, G, 1, L, L)
         q_in = q * b.exp()
         k_out = k * b_to_end.exp()
         v_out = v
         state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, 1 or K, 1, 1)
-    else:  # v and, in step 4, the output take the decays, because the heads share q and k
-        b_row = b.transpose(3, 4)  # (B, n, G, J, L)
-        # tril(-1) before exp makes the factor 1 where s >= t, so that no e^(+large) overflows. The tril of
-        # the scores then makes them 0 where s > t
-        pair_decay = (b_row[..., :, None] - b_row[..., None, :]).tril(-1).exp()  # (B, n, G, J, L, L)
-        scores = (q @ k.mT).tril()[:, :, :, None] * pair_decay  # (B, n, G, J, L, L)
+    else:  # v and, in step 5, the output take the decays, because the heads share q and k
+        b_by_head = b.transpose(3, 4)[..., None]  # (B, n, G, J, L, 1)
+        scores = decayed_scores(q[:, :, :, None], k[:, :, :, None], b_by_head)  # (B, n, G, J, L, L)
         q_in = q
         k_out = k
         v_out = v * b_to_end.exp()[..., None]
         state_decay = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, J, 1)
 
-    # The delta rule: the two solutions; J is 1. The diagonal is taken for 1, and so is not subtracted
-    from_k = [None] * n
-    if beta:
-        system = beta[0] * decayed_scores(k, k, b)  # (B, n, G, L, L)
-        right = beta[0] * torch.cat([v.squeeze(4), k * b.exp()], -1)
+    # 3. The delta rule: solve for from_v and from_k of w = from_v - from_k S. J is 1. unitriangular takes 1
+    #    for the diagonal, so beta_t k_t . k_t, which stands there, is not read
+    from_k = [None] * n  # one for each chunk
+    if beta is not None:
+        system = beta * decayed_scores(k, k, b)  # (B, n, G, L, L)
+        right = beta * torch.cat([v.squeeze(4), k * b.exp()], -1)  # (B, n, G, L, V + K)
         solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        from_v, from_k = solved.split([V, K], -1)  # (B, n, G, L, V), (B, n, G, L, K)
-        v_out = from_v.unsqueeze(4)
-        from_k = from_k.unbind(1)
+        from_v, from_k = solved.split([V, K], -1)
+        v_out = from_v.unsqueeze(4)  # (B, n, G, L, 1, V)
+        from_k = from_k.unbind(1)  # (B, G, L, K) each
 
-    # 3. From chunk to chunk: q reads the state that enters, then the state decays and takes in k v^T
+    # 4. From chunk to chunk: q reads the state that enters, then the state decays and takes in k v^T, or with
+    #    beta k w^T
     before = []
     written = []
     steps = zip(q_in.unbind(1), k_out.unbind(1), v_out.unbind(1), state_decay.unbind(1), from_k, strict=True)
     for q_i, k_i, v_i, decay_i, from_k_i in steps:
         before.append(q_i @ S.flatten(3))  # (B, G, L, J * V)
-        v_i = v_i.flatten(3)
-        if beta:
-            v_i = v_i - from_k_i @ S.flatten(3)
+        v_i = v_i.flatten(3)  # (B, G, L, J * V)
+        if beta is not None:
+            v_i = v_i - from_k_i @ S.flatten(3)  # the w of this chunk
             written.append(v_i)
         added = (k_i.mT @ v_i).unflatten(3, (J, V))  # (B, G, K, J, V)
         S = torch.addcmul(added, decay_i, S)  # decay_i * S + added, in one pass
     before = torch.stack(before, 1).unflatten(4, (J, V))  # (B, n, G, L, J, V)
-    if beta:
-        v = torch.stack(written, 1).unsqueeze(4)  # (B, n, G, L, 1, V)
+    if beta is not None:
+        v = torch.stack(written, 1).unsqueeze(4)  # w in place of v, (B, n, G, L, 1, V)
 
-    # 4. The output: inside the chunk + from before
+    # 5. The output: inside the chunk + from before
     inside = (scores @ v.transpose(3, 4)).transpose(3, 4)  # (B, n, G, L, J, V)
     if own_qk:
         o = inside + before
@@ -197,13 +209,14 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
 
 
 def decayed_scores(q, k, b):
-    """sum_K q_t e^(b_t - b_s) k_s for s <= t, else 0: q, k (..., L, K), b (..., L, 1 or K) -> (..., L, L).
+    """The sum over K of q_t e^(b_t - b_s) k_s where s <= t, else 0: (..., L, L).
 
-    e^(b_t - b_s) cannot be computed as e^(b_t) e^(-b_s): with strong decay e^(-b_s) overflows. Instead halve
-    the chunk, and its halves, down to single steps, and call all of them pieces. For every s < t there is one
-    piece with s in its first half and t in its second. With m the last step of the first half, no exponent in
-    e^(b_t - b_m) e^(b_m - b_s) is positive. So all pieces of one size take one batched matmul: the q of
-    second halves with the k of first halves. L is a power of two, here 8:
+    q, k: (..., L, K); b: (..., L, 1 or K). One decay for all channels multiplies the finished q_t . k_s. With
+    one per channel, e^(b_t - b_s) cannot be computed as e^(b_t) e^(-b_s): with strong decay e^(-b_s)
+    overflows. Instead halve the chunk, and its halves, down to single steps, and call all of them pieces. For
+    every s < t there is one piece with s in its first half and t in its second. With m the last step of the
+    first half, no exponent in e^(b_t - b_m) e^(b_m - b_s) is positive. So all pieces of one size take one
+    batched matmul: the q of second halves with the k of first halves. L is a power of two, here 8:
 
                s  0  1  2  3  4  5  6  7
         t = 0     x
@@ -215,7 +228,9 @@ def decayed_scores(q, k, b):
             6     4  4  4  4  2  2  x
             7     4  4  4  4  2  2  1  x
     """
-    if b.shape[-1] == 1:  # one decay for all channels acts on the sum; tril(-1) before exp as in chunked_scan
+    if b.shape[-1] == 1:
+        # tril(-1) before exp: where s >= t the exponent becomes 0, so that no e^(+large) overflows. The tril
+        # of q @ k.mT makes the scores with s > t zero
         return (q @ k.mT).tril() * (b - b.mT).tril(-1).exp()
     L = q.shape[-2]
     scores = (q * k).sum(-1)[..., None, None]  # (..., L, 1, 1): the diagonal, as L blocks of one step
@@ -314,13 +329,15 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_K = 256  # the registers of a GPU have no room for more
 
 
-def triton_scan(q, k, v, log_a, state=None, tile=None):
+def triton_scan(q, k, v, log_a, state=None, tile=None, beta=None):
     """The recurrence as one GPU kernel that also computes its gradients. Shapes as at the top of this file.
 
     q, k, v are float32, bfloat16 or float16; sums, decays and states are float32. K is at most 256.
     tile: (chunk, block, warps, stages), which choose_tile explains; None calls it
+    beta: None, because the kernel does not know the delta rule
     On a CPU the kernel runs only in Triton's interpreter.
     """
+    assert beta is None, "the kernel does not know the delta rule: use chunked_scan"
     log_a, B, T, _, H, K, V = check_and_clamp(q, k, v, log_a, state)
     assert triton is not None, "triton_scan needs the triton package: use chunked_scan"
     assert q.dtype in KERNEL_DTYPES and K <= MAX_K, f"q is {q.dtype}, K {K}: use chunked_scan"
@@ -546,7 +563,7 @@ BACKENDS = {"recurrent": recurrent_scan, "chunked": chunked_scan, "triton": trit
 
 
 def choose_backend(device, dtype, K, V, delta_rule=False):
-    """The name of the fastest scan for such inputs, and the reason in words. delta_rule: with beta"""
+    """The name of the fastest scan for such inputs, and the reason in words. delta_rule: is there a beta?"""
     if device.type == "cuda" and not torch.version.hip:
         if delta_rule:
             return "chunked", "the kernel does not know the delta rule"
@@ -566,7 +583,5 @@ def scan(q, k, v, log_a, state=None, backend=None, beta=None):
     """Run BACKENDS[backend], or if None the scan that choose_backend names."""
     if backend is None:
         backend, _ = choose_backend(q.device, q.dtype, q.shape[3], v.shape[3], beta is not None)
-    assert beta is None or backend != "triton", "the kernel does not know the delta rule: use chunked"
-    options = {} if beta is None else dict(beta=beta)
     with torch.autocast(q.device.type, enabled=False):  # the sums and the state stay in float32
-        return BACKENDS[backend](q, k, v, log_a, state, **options)
+        return BACKENDS[backend](q, k, v, log_a, state, beta=beta)

@@ -11,7 +11,7 @@ is a section of its version 1. Sections 1 to 4 of this file are its method; the 
     4 the interventions                    Appendix B: checkpoints of other libraries
 
     B batch    T length of the input, in sections 5 and 6 the training length    D model width    C vocabulary
-    H heads    G groups (H/G heads share q and k)    K key size of a head (d_state)    V value size (headdim)
+    H heads    G groups (H/G heads share q and k)    K key size of a head    V value size of a head
     Mamba's own B and C are called k and q here.
 """
 
@@ -47,7 +47,7 @@ from kernels import scan  # the layers find it by this name, so that changed_dec
 class ModelConfig:
     """The sizes of a model, named as in mamba_ssm and flash-linear-attention.
 
-    None means the official default, which is OFFICIAL of the layer's class.
+    A size that is None takes the official default, which OFFICIAL of the layer's class holds.
     """
 
     layer: str = "mamba2"  # a name of LAYERS
@@ -57,11 +57,11 @@ class ModelConfig:
     pad_vocab_size_multiple: int | None = None  # the rows of the embedding are a multiple of this
     tie_embeddings: bool | None = None  # the output layer shares the weights of the embedding
     norm_eps: float | None = None
-    # Mamba-2 and Mamba-1
+    # Mamba-2 and Mamba-1; Gated DeltaNet has d_conv and headdim, too
     d_state: int | None = None  # K
-    d_conv: int = 4  # inputs that the convolution sees, the present one included; Gated DeltaNet, too
+    d_conv: int = 4  # inputs that a convolution sees, the present one included
     expand: int = 2  # H * V = expand * D
-    headdim: int | None = None  # V of Mamba-2, but K of Gated DeltaNet
+    headdim: int | None = None  # Mamba-2: V; Gated DeltaNet: K
     ngroups: int = 1  # G, Mamba-2 only
     dt_rank: int | None = None  # Mamba-1 only; None: D / 16, rounded up
     # GLA and Gated DeltaNet
@@ -87,7 +87,7 @@ class ModelConfig:
 class LayerState(NamedTuple):
     """What one layer remembers: all that its future outputs can know of the past.
 
-    conv: (B, d_conv-1, channels), the last *inputs* of the causal convolution; None where there is none
+    conv: (B, d_conv-1, channels), the last *inputs* of the causal convolutions, side by side; None if none
     scan: (B, H, K, V), the S of the recurrence; float32, or float64 where the weights are float64
     """
 
@@ -111,12 +111,15 @@ def map_state(function, *states):
 
 # ---- 2. The layers ----
 # A layer is called as y, state = layer(x, state), with x and y (B, T, D) and a LayerState. It computes q, k,
-# v and log_a from x, and leaves the recurrence to kernels.scan:
+# v and log_a from x, Gated DeltaNet also beta, and leaves the recurrence to kernels.scan:
 #
 #     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
 #
-# OFFICIAL: the defaults of ModelConfig in the official code. HAS_MLP: in every block the layer is followed by
-# an MLP, and initial matrices have the std 0.02, as in flash-linear-attention.
+# In Gated DeltaNet beta_t (v_t - (diag(a_t) S_{t-1})^T k_t) takes the place of v_t.
+#
+# A layer's class has two constants. OFFICIAL holds the official values of those fields of ModelConfig that
+# are None. HAS_MLP says that a model is built as in flash-linear-attention: an MLP follows the layer in every
+# block, and all matrices and convolutions start with the std 0.02.
 
 
 def zero_tensor(weight, *shape):
@@ -324,12 +327,14 @@ class Mamba1(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2025): one decay per head, as in Mamba-2, and the delta rule.
 
-    The delta rule writes beta_t (v_t less what k_t reads of the decayed state), so that a key takes its new
-    value in place of the old one. Keys have length 1, and beta_t lies in (0, 1).
+    The delta rule writes beta_t times the difference between v_t and what k_t reads from the decayed state.
+    With beta_t = 1, v_t takes the place of the value that the state holds for k_t. Keys have length 1, and
+    beta_t lies between 0 and 1.
     """
 
-    OFFICIAL = dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=6, headdim=256)
-    OFFICIAL |= dict(expand_v=2.0)
+    OFFICIAL = dict(
+        pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=6, headdim=256, expand_v=2.0
+    )
     HAS_MLP = True
 
     def __init__(self, config):
@@ -337,10 +342,12 @@ class GatedDeltaNet(nn.Module):
         # sizes
         self.H = config.num_heads
         self.K = config.headdim
-        self.V = int(config.headdim * config.expand_v)
+        self.V = round(config.headdim * config.expand_v)
         self.d_conv = config.d_conv
         self.backend = config.backend
-        assert self.V == config.headdim * config.expand_v, f"V = {config.headdim} * {config.expand_v}"
+        assert math.isclose(self.V, config.headdim * config.expand_v), (
+            f"headdim {config.headdim} * expand_v {config.expand_v} is no integer"
+        )
         self.channels = [self.H * self.K, self.H * self.K, self.H * self.V]  # of q, k and v
 
         # weights, by their official names
@@ -370,7 +377,7 @@ class GatedDeltaNet(nn.Module):
         q, conv_q = causal_conv(self.q_proj(x), conv_q, self.q_conv1d)  # (B, T, H K)
         k, conv_k = causal_conv(self.k_proj(x), conv_k, self.k_conv1d)  # (B, T, H K)
         v, conv_v = causal_conv(self.v_proj(x), conv_v, self.v_conv1d)  # (B, T, H V)
-        conv_state = torch.cat([conv_q, conv_k, conv_v], dim=-1)
+        conv_state = torch.cat([conv_q, conv_k, conv_v], dim=-1)  # (B, d_conv-1, 2 H K + H V)
         q = unit_length(q.unflatten(-1, (self.H, self.K))) * self.K**-0.5  # (B, T, H, K)
         k = unit_length(k.unflatten(-1, (self.H, self.K)))  # (B, T, H, K)
         v = v.unflatten(-1, (self.H, self.V))  # (B, T, H, V)
@@ -387,8 +394,9 @@ class GatedDeltaNet(nn.Module):
 
 
 def unit_length(x):
-    """x divided by the length of its last axis; 1e-6 as in flash-linear-attention."""
-    return (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    """Scale each vector along the last axis to length 1. The 1e-6 is that of flash-linear-attention."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 the length would be off by 1%
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 LAYERS = {"mamba2": Mamba2, "gla": GLA, "mamba1": Mamba1, "gdn": GatedDeltaNet}
@@ -397,7 +405,7 @@ LAYERS = {"mamba2": Mamba2, "gla": GLA, "mamba1": Mamba1, "gdn": GatedDeltaNet}
 
 
 class Block(nn.Module):
-    """Norm, layer and a residual connection; if the layer HAS_MLP, then also norm, MLP and a residual one."""
+    """Norm, layer, residual connection; then, if the layer HAS_MLP, norm, MLP, residual connection."""
 
     def __init__(self, config):
         super().__init__()
@@ -417,7 +425,7 @@ class Block(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """An MLP. Its width is 2/3 * hidden_ratio * D, rounded up to a multiple of 256."""
+    """The MLP after layers with HAS_MLP, 2/3 * hidden_ratio * D wide, rounded up to a multiple of 256."""
 
     def __init__(self, config):
         super().__init__()
@@ -453,7 +461,7 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.d_model, padded, bias=False)
 
         # initial weights of the official code: in flash-linear-attention all matrices and convolutions have
-        # the std 0.02, in Mamba out_proj is divided by sqrt(n_layer)
+        # the std 0.02; in Mamba out_proj is divided by sqrt(n_layer)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if LAYERS[config.layer].HAS_MLP:
             for module in self.modules():
@@ -1420,9 +1428,9 @@ def read_babilong(file, n):
 
 
 # ---- Appendix B: checkpoints of other libraries ----
-# We read checkpoints of mamba_ssm and transformers (Mamba-2 and Mamba-1) and of flash-linear-attention, or
-# fla (GLA and Gated DeltaNet). We write those of mamba_ssm and fla; transformers has a script that converts
-# from mamba_ssm.
+# We read checkpoints of mamba_ssm and transformers (Mamba-2 and Mamba-1) and of flash-linear-attention,
+# called fla below (GLA and Gated DeltaNet). We write those of mamba_ssm and fla; transformers has a script
+# that converts from mamba_ssm.
 
 CHECKPOINT = "checkpoint.pt"  # of train.py
 
@@ -1442,7 +1450,8 @@ OUR_FIELD = {  # a setting's name there: our field, where they differ
     "n_groups": "ngroups",
     "time_step_rank": "dt_rank",
 }
-TRANSFORMERS = (*OUR_FIELD.keys(), "vocab_size", "expand")
+TRANSFORMERS = ("hidden_size", "num_hidden_layers", "tie_word_embeddings", "layer_norm_epsilon", "vocab_size")
+TRANSFORMERS += ("state_size", "conv_kernel", "expand", "head_dim", "n_groups", "time_step_rank")
 FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
 FLA += ("expand_v", "hidden_ratio")
 
@@ -1461,12 +1470,12 @@ KINDS = {
 
 # settings that change the formulas; REQUIRED is {names of settings: the values that our formulas allow}, and
 # a file without the setting has the first value
-ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias", "use_output_gate", "elementwise_affine", "use_gk")
-ON += ("use_gate",)
-OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "use_short_conv", "use_gv", "d_intermediate")
-OFF += ("allow_neg_eigval",)
-NONE = ("d_ssm", "attn", "attn_layer_idx", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads")
-NONE += ("num_v_heads",)
+ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias")
+ON += ("use_output_gate", "elementwise_affine", "use_gk", "use_gate")
+OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "d_intermediate")
+OFF += ("use_short_conv", "use_gv", "allow_neg_eigval")
+NONE = ("d_ssm", "attn_layer_idx")
+NONE += ("attn", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads", "num_v_heads")
 LIMITS = ("dt_limit", "time_step_limit")
 REQUIRED = {
     ON: [True],
@@ -1573,9 +1582,10 @@ def import_settings(theirs):
     if kind == "mamba2":
         settings.pop("norm_before_gate", None)  # published files have it, transformers does not read it
     if kind == "gated_deltanet":
-        settings.pop("use_short_conv", None)  # a file without short convolutions lacks their weights
-    for name in ("num_kv_heads", "num_v_heads"):  # as many as heads means the same as None
-        if settings.get(name) == settings.get("num_heads", LAYERS[layer].OFFICIAL.get("num_heads")):
+        settings.pop("use_short_conv", None)  # import_weights refuses a file without these convolutions
+    num_heads = settings.get("num_heads", LAYERS[layer].OFFICIAL.get("num_heads"))
+    for name in ("num_kv_heads", "num_v_heads"):
+        if settings.get(name) == num_heads:  # one for each head, which is what None means
             settings.pop(name, None)
     for required, values in REQUIRED.items():
         for name in required:
@@ -1609,7 +1619,7 @@ def import_weights(config, weights):
         # two names differ in transformers and in older versions of fla
         name = name.replace("backbone.embeddings.", "backbone.embedding.")
         name = name.replace(".g_norm.", ".g_norm_swish_gate.")
-        for our_part, their_part in NAMES[config.layer].items():
+        for our_part, their_part in NAMES.get(config.layer, {}).items():  # none for a layer of yours
             name = name.replace(their_part, our_part)
         ours[name] = x
 
@@ -1641,14 +1651,17 @@ def model_from_checkpoint(checkpoint):
 
 
 def export_model(model, folder, dtype=torch.float32):
-    """Write config.json and pytorch_model.bin for mamba_ssm, or for flash-linear-attention (GLA, gdn).
+    """Write config.json and pytorch_model.bin for mamba_ssm or (GLA, Gated DeltaNet) flash-linear-attention.
 
     dtype: of the stored weights. Raises ValueError, before anything is written, for what would be loaded
     wrongly.
     """
     assert dtype.is_floating_point, f"dtype is {dtype}, expected a floating-point one"
     config = model.config
-    kind = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla", "gdn": "gated_deltanet"}[config.layer]
+    kinds = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla", "gdn": "gated_deltanet"}
+    if config.layer not in kinds:
+        raise ValueError(f"no other library is known that has the layer {config.layer}")
+    kind = kinds[config.layer]
     _, names, names_in_ssm_cfg, defaults = KINDS[kind]
     assumed = ModelConfig(**defaults, layer=config.layer)  # what the library takes where it has no setting
     for field in ("norm_eps", "gate_low_rank_dim", "pad_vocab_size_multiple"):
@@ -1676,7 +1689,7 @@ def export_model(model, folder, dtype=torch.float32):
 
     # the settings by the library's names
     settings = {name: getattr(config, OUR_FIELD.get(name, name)) for name in names}
-    if config.layer in ("gla", "gdn"):
+    if NAMES[config.layer] is FLA_NAMES:
         settings["model_type"] = kind
     else:
         ssm_cfg = {name: getattr(config, name) for name in names_in_ssm_cfg}

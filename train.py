@@ -711,6 +711,7 @@ def draw(panels, path, title):
 
     The legend at the right names every curve of the picture once.
     """
+    # 3 and 5 panels stand three in a row, others in pairs, as text and echo of one architecture do
     columns = 3 if len(panels) in (3, 5) else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * rows), layout="constrained")

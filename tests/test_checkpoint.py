@@ -252,7 +252,7 @@ def test_a_gated_deltanet_of_flash_linear_attention_gives_its_logits_and_text_an
         (dict(allow_neg_eigval=True), "its allow_neg_eigval is True"),
         (dict(num_v_heads=4), "its num_v_heads is 4"),
         (dict(attn=dict(layers=[0])), "its attn is"),
-        (dict(expand_v=1.3), "V = 4"),
+        (dict(expand_v=1.3), "headdim 4 . expand_v 1.3 is no integer"),
         (dict(intermediate_size=768), "size mismatch"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The delta rule: its chunks are its loop, its loop is its formula, and the layer is that of Qwen3-Next."""
+"""The delta rule: both scans equal its formula, gradients included; the layer equals that of Qwen3-Next."""
 
 import math
 
@@ -21,7 +21,7 @@ THEIRS = 1e-5  # two float32 computations in another order
 NAMES = ["o", "final state", "dq", "dk", "dv", "dlog_a", "dstate", "dbeta"]
 
 
-def make_inputs(T, per_channel, decay="mixed", beta="mixed", B=2, G=2, H=4, K=5, V=3):
+def make_inputs(T, per_channel, decay="mixed", kind_of_beta="mixed", B=2, G=2, H=4, K=5, V=3):
     """Signed inputs with K != V and G < H, keys of length 1, and cotangents of both outputs, all float64."""
     rng = torch.Generator().manual_seed(T)
 
@@ -37,13 +37,13 @@ def make_inputs(T, per_channel, decay="mixed", beta="mixed", B=2, G=2, H=4, K=5,
         "mixed": -torch.exp(math.log(1e-6) + math.log(2e7) * uniform(*shape)),  # up to e^-20 a step
         "with resets": -uniform(*shape).masked_fill(uniform(*shape) < 0.2, math.inf),
     }[decay]
-    betas = {
+    beta = {
         "mixed": uniform(B, T, H),
         "zero": torch.zeros(B, T, H, dtype=torch.float64),
         "one": torch.ones(B, T, H, dtype=torch.float64),
-    }[beta]
+    }[kind_of_beta]
     k = F.normalize(normal(B, T, G, K), dim=-1)
-    inputs = [normal(B, T, G, K), k, normal(B, T, H, V), log_a, normal(B, H, K, V), betas]
+    inputs = [normal(B, T, G, K), k, normal(B, T, H, V), log_a, normal(B, H, K, V), beta]
     return inputs, [normal(B, T, H, V), normal(B, H, K, V)]
 
 
@@ -51,17 +51,17 @@ def loop(q, k, v, log_a, state, beta):
     return recurrent_scan(q, k, v, log_a, state, beta=beta)
 
 
-def chunks(q, k, v, log_a, state, beta):
-    return chunked_scan(q, k, v, log_a, state, CHUNK, beta)
+def chunks(q, k, v, log_a, state, beta, chunk=CHUNK):
+    return chunked_scan(q, k, v, log_a, state, chunk=chunk, beta=beta)
 
 
 def formula(q, k, v, log_a, state, beta):
-    """S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T, the papers' form of it."""
+    """S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T, the form in the papers."""
     heads_of_a_group = v.shape[2] // q.shape[2]
     S, o = state, []
     for t in range(q.shape[1]):
         q_t, k_t = (x[:, t].repeat_interleave(heads_of_a_group, 1) for x in (q, k))
-        a_t = log_a[:, t].exp().reshape(*S.shape[:2], -1, 1)
+        a_t = log_a[:, t].exp().reshape(*S.shape[:2], -1, 1)  # (B, H, 1 or K, 1)
         forget = torch.eye(k.shape[-1], dtype=S.dtype) - beta[:, t, :, None, None] * torch.einsum(
             "bhk,bhl->bhkl", k_t, k_t
         )
@@ -88,10 +88,10 @@ def test_loop_and_chunks_are_the_formula_gradients_included(T, decay, beta, per_
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["per head", "per channel"])
-@pytest.mark.parametrize("function", [loop, lambda *x: chunked_scan(*x[:5], 2, x[5])], ids=["loop", "chunks"])
+@pytest.mark.parametrize("function", [loop, lambda *x: chunks(*x, chunk=2)], ids=["loop", "chunks"])
 def test_gradients_equal_finite_differences(function, per_channel):
     inputs, _ = make_inputs(5, per_channel, "none", B=1, G=1, H=2, K=3, V=2)
-    inputs[3] -= 0.5
+    inputs[3] -= 0.5  # log_a: every step keeps e^-0.5
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
 
 
@@ -118,6 +118,10 @@ def test_the_kernel_is_not_chosen_for_the_delta_rule_and_refuses_it():
     with pytest.raises(AssertionError, match="the delta rule"):
         scan(*inputs[:5], backend="triton", beta=inputs[5])
     assert torch.equal(scan(*inputs[:5], beta=inputs[5])[0], chunked_scan(*inputs[:5], beta=inputs[5])[0])
+
+
+def test_a_beta_of_another_shape_is_refused():
+    inputs, _ = make_inputs(5, False)
     with pytest.raises(AssertionError, match=r"beta \(2, 5, 3\)"):
         recurrent_scan(*inputs[:5], beta=inputs[5][..., :3])
 
@@ -171,7 +175,7 @@ def test_the_layer_is_that_of_qwen3_next():
     )
     theirs = Qwen3NextGatedDeltaNet(config, 0)
 
-    # they keep the weights of q, k, v and the gate in one matrix, head by head, and those of b and a
+    # they keep the weights of q, k, v and the gate in one matrix, head by head, and b and a in another
     by_head = [x.weight.unflatten(0, (H, -1)) for x in (ours.q_proj, ours.k_proj, ours.v_proj, ours.g_proj)]
     b_and_a = [x.weight.unflatten(0, (H, 1)) for x in (ours.b_proj, ours.a_proj)]
     weights = {

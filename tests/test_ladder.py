@@ -195,8 +195,8 @@ def test_the_delta_rule_is_its_formula(ladder):
         errors = []
         for T in delta.LENGTHS:
             for decay in ("none", "mixed", "with resets"):
-                for vector in (False, True):
-                    inputs, cotangents = delta.make_inputs(T, vector, decay)
+                for per_channel in (False, True):
+                    inputs, cotangents = delta.make_inputs(T, per_channel, decay)
                     exact = run(delta.formula, inputs, cotangents)
                     errors.append(error(run(function, inputs, cotangents, dtype), exact))
         return torch.tensor(errors).max().item()

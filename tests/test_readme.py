@@ -5,13 +5,22 @@
 
 import json
 import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
+
+import lengthgen as lg
+import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 MINUS, TIMES = "d: log_a minus d", "c: log_a times c"
 GAP = "the paired gap"
+CUT = 1e-9  # float64: only the order of additions differs
 
 
 def curve(figure, title, label, xlabel=None, model="mamba2"):
@@ -29,12 +38,47 @@ def at(x, figure, title, labels, form=".2f", **options):
     return [format(curve(figure, title, label, **options)[x].mean(), form) for label in labels]
 
 
-def main_table():
+def main_table(model="mamba2"):
     """The rows of the table of the main job, which is seed 0."""
     for title in ("text", "echo"):
         for name, label in (("base", "base"), ("state passing", "state_passing")):
-            losses = curve("interventions", title, label).values()
+            losses = curve("interventions", title, label, model=model).values()
             yield f"{name:26}" + "".join(f"{loss[0]:7.3f}" for loss in losses)
+
+
+def main_table_of_gated_deltanet():
+    yield from main_table("gdn")
+
+
+def architectures():
+    """The rows of the table: sizes, and losses with their spread where there are several seeds."""
+    for name, model in (
+        ("Mamba-2", "mamba2"),
+        ("GLA", "gla"),
+        ("Mamba-1", "mamba1"),
+        ("Gated DeltaNet", "gdn"),
+    ):
+        config = lg.ModelConfig(layer=model, vocab_size=258, **train.TINY_MODELS[model])
+        with torch.device("meta"):
+            size = sum(p.numel() for p in lg.LanguageModel(config).parameters())
+        cells = [f"{name} (`{model}`)", f"{size // 1000}k"]
+        seeds = []
+        for part in ("text", "echo"):
+            for label, x in (("base", 1), ("base", 64), ("zero", 64), ("state_passing", 64)):
+                losses = curve("architectures", f"{model}: {part}", label, model="all")[x]
+                seeds.append(len(losses))
+                spread = f" ({np.ptp(losses):.2f})" if x == 64 and len(losses) > 1 else ""
+                cells.append(f"{losses.mean():.2f}{spread}")
+        assert len({*seeds}) == 1  # as many seeds of every run
+        yield f"| {' | '.join([*cells[:2], str(seeds[0]), *cells[2:]])} |"
+
+
+def interventions_of_gated_deltanet():
+    """The two rows of the table, which are seed 0."""
+    labels = ("base", "zero", "random_noise", "fitted_noise", "state_passing", "tbtt")
+    for title in ("text", "echo"):
+        losses = [curve("interventions", title, label, model="gdn")[64][0] for label in labels]
+        yield f"| {title} at 64 T | {' | '.join(f'{loss:.2f}' for loss in losses)} |"
 
 
 def interventions():
@@ -59,26 +103,19 @@ def forgetting():
         heads = list(curve("forgetting", "what heads keep over T", label).values())
         kept.append(np.mean(heads[len(heads) // 2 :]))
     yield "keep {:.0%} of their state over T tokens in the base, and {:.0%} after state passing".format(*kept)
-    losses = {}
     for title in ("text", "echo"):
-        for xlabel in (MINUS, TIMES):
-            losses[title, xlabel] = curve("forgetting", title, "base", xlabel)
-    base = [losses[title, MINUS][0].mean() for title in ("text", "echo")]
-    cured = [curve("forgetting", title, "state_passing", MINUS)[0].mean() for title in ("text", "echo")]
-    yield "the base has a loss of {:.2f} nats on text and {:.2f} on echo".format(*base)
-    yield "state passing {:.2f} and {:.2f}".format(*cured)
-    for title, words in (("text", "(d = 0.1: {:.2f}; c = 5: {:.2f})"), ("echo", "({:.2f} and {:.2f};")):
-        yield words.format(losses[title, MINUS][0.1].mean(), losses[title, TIMES][5].mean())
-    best = [min(x.mean() for x in losses["echo", xlabel].values()) for xlabel in (MINUS, TIMES)]
-    yield "at the best d {:.2f}, at the best c {:.2f})".format(*best)
+        minus, times = (curve("forgetting", title, "base", xlabel) for xlabel in (MINUS, TIMES))
+        cured = curve("forgetting", title, "state_passing", MINUS)
+        best = [min(x.mean() for x in losses.values()) for losses in (minus, times)]
+        cells = [minus[0].mean(), minus[0.1].mean(), best[0], times[5].mean(), best[1], cured[0].mean()]
+        yield f"| {title} | {' | '.join(f'{cell:.2f}' for cell in cells)} |"
 
 
 def budget():
     """The loss at 64 T of the base, and after each number of steps of state passing."""
-    words = "{} (base), {}, {}, {}, {} and {}"
     for title in ("text", "echo"):
         losses = curve("budget", title, "state_passing").values()
-        yield words.format(*(f"{loss.mean():.2f}" for loss in losses))
+        yield f"| {title} at 64 T | {' | '.join(f'{loss.mean():.2f}' for loss in losses)} |"
 
 
 def plain_text():
@@ -86,17 +123,6 @@ def plain_text():
     labels = ("base", "zero", "random_noise", "fitted_noise", "state_passing", "tbtt")
     for title in ("loss by position, minus that in T", GAP):
         yield f"| {' | '.join(at(64, 'text', title, labels, '.3f'))} |"
-
-
-def passkey():
-    found = []
-    for label in ("zero", "state_passing"):
-        for x in (8, 16):
-            cells = []
-            for depth in (0.1, 0.5, 0.9):
-                cells += at(x, "passkey", f"the key at depth {depth}", [label])
-            found.append(", ".join(cells).replace("0.", "."))
-    yield "the control finds at 8 T {} of the keys and at 16 T {}, state passing {} and {}".format(*found)
 
 
 def babilong():
@@ -108,23 +134,9 @@ def babilong():
 
 
 def gla():
-    """GLA, which is one seed."""
+    """GLA on plain text, which is one seed."""
     gap = at(64, "text", GAP, ("base", "state_passing"), ".3f", model="gla")
     yield "has a gap of {}, which state passing does not cure: {}".format(*gap)
-    labels = ("base", "zero", "state_passing")
-    words = "text {}, {} and {} nats, echo {}, {} and {}"
-    cells = [
-        *at(64, "interventions", "text", labels, model="gla"),
-        *at(64, "interventions", "echo", labels, model="gla"),
-    ]
-    yield words.format(*cells)
-
-
-def copying():
-    words = "{} are right in T for the control and {} after state passing, at 4 T {} and {}"
-    in_T, at_4T = (at(x, "copying", "packed strings", ("zero", "state_passing")) for x in (1, 4))
-    yield words.format(*in_T, *at_4T)
-    yield "Our base, {} in T".format(*at(1, "copying", "packed strings", ["base"]))
 
 
 def sweep():
@@ -137,34 +149,86 @@ def sweep():
 
 
 def other_figures():
-    labels = ("base", "zero", "state_passing", "tbtt")
-    words = "text {} (base), {} (control), {} (state passing) and {} (TBTT) nats, echo {}, {}, {} and {}"
-    yield words.format(*at(256, "poswise", "text", labels), *at(256, "poswise", "echo", labels))
-    base, cured = (curve("state", "the full state", label)[64] for label in ("base", "state_passing"))
-    grows = f"grows {base.mean():.2f} times ({base.min():.2f} to {base.max():.2f}, by seed) in the base"
-    yield f"{grows} and {cured.mean():.2f} times after state passing"
-    base, cured = (curve("state", "layer 0", label)[64] for label in ("base", "state_passing"))
-    grows = f"{base.mean():.2f} times ({base.min():.2f} to {base.max():.2f})"
-    yield f"that of layer 0 alone {grows} and {cured.mean():.2f} times"
-    (base,), (cured,) = (
-        at(1, "effrem", "predictions of text", [label], ".3f") for label in ("base", "state_passing")
-    )
-    yield f"by a total variation of {base} and those after state passing by {cured}"
+    """The rows of the table of the other figures."""
+    columns = ("base", "zero", "random_noise", "fitted_noise", "state_passing", "tbtt")
+
+    def row(name, what, figure, title, x, form=".2f"):
+        cells = []
+        for label in columns:
+            try:
+                cells += at(x, figure, title, [label], form)
+            except KeyError:  # the figure does not draw this run
+                cells.append("")
+        return " ".join(f"| {name} | {what} | {' | '.join(cells)} |".split())
+
+    yield row("`poswise`", "text at 256 T, nats", "poswise", "text", 256)
+    yield row("", "echo at 256 T, nats", "poswise", "echo", 256)
+    yield row("`state`", "std of the state at 64 T, of that at T", "state", "the full state", 64)
+    yield row("`effrem`", "how far predictions of text change", "effrem", "predictions of text", 1, ".3f")
+    for x in (1, 4):
+        yield row("`copying`" if x == 1 else "", f"right letters at {x} T", "copying", "packed strings", x)
+    for x in (8, 16, 32, 64):
+        title = "the key at depth 0.5"
+        yield row("`passkey`" if x == 8 else "", f"right keys at {x} T", "passkey", title, x)
+    base = curve("state", "the full state", "base")[64]
+    yield f"in the base from {base.min():.2f} to {base.max():.2f}, by seed"
 
 
 PARTS = (
     main_table,
+    main_table_of_gated_deltanet,
+    architectures,
     interventions,
+    interventions_of_gated_deltanet,
     forgetting,
     budget,
     plain_text,
-    passkey,
     babilong,
     gla,
-    copying,
     sweep,
     other_figures,
 )
+
+
+def python_blocks():
+    """The Python code of the README: an intervention and a layer."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return {re.search(r"(INTERVENTIONS|LAYERS)\[", block)[1]: block for block in blocks}
+
+
+def test_the_intervention_and_the_layer_of_the_readme_train_in_a_copy(tmp_path):
+    for name in ("lengthgen", "kernels", "train"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    source = (tmp_path / "lengthgen.py").read_text()
+    for title, section in (("LAYERS", "# ---- 3."), ("INTERVENTIONS", "def next_initial_state")):
+        source = source.replace(section, f"{python_blocks()[title]}\n\n{section}", 1)
+    (tmp_path / "lengthgen.py").write_text(source)
+    size = re.search(r'`("retention": dict\(.*?\))`', (ROOT / "README.md").read_text())[1]
+    source = (tmp_path / "train.py").read_text()
+    (tmp_path / "train.py").write_text(source.replace("TINY_MODELS = {", f"TINY_MODELS = {{ {size},", 1))
+    (tmp_path / "text.txt").write_text("some words to learn from\n" * 400)
+    options = "--model retention --intervention halved --steps 2 --batch 2 --T 8 --data text.txt --device cpu"
+    command = [sys.executable, "train.py", *options.split()]
+    for text in ("halved: echo loss", "found, all 2 steps"):  # trained at first, then found again
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert text in done.stdout
+
+
+def test_the_layer_of_the_readme_may_be_cut_anywhere(monkeypatch, tmp_path):
+    namespace = dict(vars(lg), LAYERS={})
+    exec(python_blocks()["LAYERS"], namespace)
+    monkeypatch.setitem(lg.LAYERS, "retention", namespace["LAYERS"]["retention"])
+    model = lg.LanguageModel(
+        lg.ModelConfig(layer="retention", vocab_size=11, d_model=8, n_layer=2, num_heads=2)
+    )
+    tokens = torch.randint(0, 11, (2, 20))
+    whole, _ = model.double()(tokens)
+    first, state = model(tokens[:, :7])
+    second, _ = model(tokens[:, 7:], state)
+    assert (torch.cat([first, second], 1) - whole).abs().max() < CUT
+    with pytest.raises(ValueError, match="no other library is known that has the layer retention"):
+        model.save_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize("phrases", PARTS)
