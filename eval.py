@@ -276,9 +276,13 @@ def draw_figure(name, args, corpus, device):
             if not found:
                 command = f"python eval.py reproduce {options}"
                 raise MissingRuns(f"no finished run of {model} on {task}, make it with: {command}")
-            for panel in train.panels_of(found, args.seeds):
+            # with several models the title of a panel says how many seeds there are, else the legend
+            seeds = args.seeds
+            if len(models) > 1:
+                seeds = max(len(measurements) for measurements in found.values())
+            for panel in train.panels_of(found, seeds):
                 if len(models) > 1:
-                    panel["title"] = f"{model}: {panel['title']}"
+                    panel["title"] = f"{model}: {panel['title']}, seeds: {seeds}"
                 panels.append(panel)
     path = os.path.join(args.out, "figures", f"{drawn}-{name}.png")
     train.draw(panels, path, f"{title}\n{drawn}, seeds: {args.seeds}")

@@ -342,10 +342,10 @@ class GatedDeltaNet(nn.Module):
         # sizes
         self.H = config.num_heads
         self.K = config.headdim
-        self.V = round(config.headdim * config.expand_v)
+        self.V = int(config.headdim * config.expand_v)
         self.d_conv = config.d_conv
         self.backend = config.backend
-        assert math.isclose(self.V, config.headdim * config.expand_v), (
+        assert math.isclose(self.V, config.headdim * config.expand_v, rel_tol=1e-5), (
             f"headdim {config.headdim} * expand_v {config.expand_v} is no integer"
         )
         self.channels = [self.H * self.K, self.H * self.K, self.H * self.V]  # of q, k and v
@@ -385,7 +385,8 @@ class GatedDeltaNet(nn.Module):
         # the recurrence, with a decay and a beta for each head
         dt = F.softplus(self.a_proj(x) + self.dt_bias)  # (B, T, H), float32 because dt_bias is
         log_a = -dt * self.A_log.exp()  # (B, T, H)
-        beta = self.b_proj(x).sigmoid()  # (B, T, H)
+        # float32, as dt, because bfloat16 makes every beta above 0.998 equal to 1, without a gradient
+        beta = self.b_proj(x).to(dt.dtype).sigmoid()  # (B, T, H)
         o, scan_state = scan(q, k, v, log_a, state.scan, self.backend, beta)  # (B, T, H, V), (B, H, K, V)
 
         # a norm over the channels of each head, then the output gate
@@ -1482,7 +1483,7 @@ REQUIRED = {
     OFF: [False],  # or 0, which is equal
     NONE: [None, []],
     LIMITS: [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],  # two ways of JSON to say infinity
-    ("hidden_act",): ["silu", "swish"],
+    ("hidden_act", "output_gate_activation"): ["silu", "swish"],
 }
 
 # parts of the names of weights: ours, and those of mamba_ssm and flash-linear-attention
@@ -1581,8 +1582,9 @@ def import_settings(theirs):
     # refuse settings under which the formulas are not ours
     if kind == "mamba2":
         settings.pop("norm_before_gate", None)  # published files have it, transformers does not read it
-    if kind == "gated_deltanet":
-        settings.pop("use_short_conv", None)  # import_weights refuses a file without these convolutions
+    if kind == "gated_deltanet":  # import_weights refuses convolutions that are missing or have a bias
+        settings.pop("use_short_conv", None)
+        settings.pop("conv_bias", None)
     num_heads = settings.get("num_heads", LAYERS[layer].OFFICIAL.get("num_heads"))
     for name in ("num_kv_heads", "num_v_heads"):
         if settings.get(name) == num_heads:  # one for each head, which is what None means
@@ -1616,6 +1618,8 @@ def import_weights(config, weights):
         raise ValueError(f"its settings ask for {config.n_layer} layers, it has {len(weights)} weights")
     ours = {}
     for name, x in weights.items():
+        if config.layer == "gdn" and name.endswith(".attn.D"):
+            continue  # no formula uses this weight of older versions of fla
         # two names differ in transformers and in older versions of fla
         name = name.replace("backbone.embeddings.", "backbone.embedding.")
         name = name.replace(".g_norm.", ".g_norm_swish_gate.")

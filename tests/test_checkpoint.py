@@ -274,8 +274,23 @@ def test_a_gated_deltanet_without_short_convolutions_is_refused(tmp_path):
         lg.LanguageModel.from_pretrained(str(tmp_path))
 
 
-def test_as_many_heads_of_values_as_of_keys_means_the_same_as_none():
-    assert lg.import_settings(GDN | dict(num_v_heads=2)) == lg.import_settings(GDN)
+def test_settings_and_weights_that_change_nothing_in_a_gated_deltanet_are_taken(tmp_path):
+    for harmless in (dict(num_v_heads=2), dict(conv_bias=False), dict(output_gate_activation="swish")):
+        assert lg.import_settings(GDN | harmless) == lg.import_settings(GDN)
+    with pytest.raises(ValueError, match="its output_gate_activation is 'sigmoid'"):
+        lg.import_settings(GDN | dict(output_gate_activation="sigmoid"))
+    names = fla_weights(make_model("gdn", vocab_size=40, d_model=32, n_layer=3))
+    old = {f"model.layers.{i}.attn.D": torch.ones(2) for i in range(3)}  # of older versions, never used
+    save_shards(names | old, tmp_path, 1)
+    (tmp_path / "config.json").write_text(json.dumps(GDN))
+    assert_same_as_naive(naive_gdn, names, tmp_path)
+
+
+def test_a_gated_deltanet_whose_sizes_flash_linear_attention_would_not_load_is_refused():
+    for headdim, expand_v in ((100, 1.1), (96, 1.3333334)):  # both libraries take these
+        lg.GatedDeltaNet(lg.ModelConfig(layer="gdn", d_model=8, headdim=headdim, expand_v=expand_v))
+    with pytest.raises(AssertionError, match=r"headdim 100 \* expand_v 1.15 is no integer"):
+        lg.GatedDeltaNet(lg.ModelConfig(layer="gdn", d_model=8, headdim=100, expand_v=1.15))
 
 
 @pytest.mark.parametrize(

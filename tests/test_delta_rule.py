@@ -10,6 +10,7 @@ from test_model import make_model
 from test_scan import relative_error, values_and_gradients
 
 import kernels
+import lengthgen as lg
 from kernels import chunked_scan, recurrent_scan, scan
 
 CHUNK = 8
@@ -124,6 +125,20 @@ def test_a_beta_of_another_shape_is_refused():
     inputs, _ = make_inputs(5, False)
     with pytest.raises(AssertionError, match=r"beta \(2, 5, 3\)"):
         recurrent_scan(*inputs[:5], beta=inputs[5][..., :3])
+
+
+def test_beta_stays_in_float32_where_autocast_computes_in_bfloat16(monkeypatch):
+    layer = make_model("gdn").layers[0].mixer.float()
+    seen = []
+
+    def recorded(q, k, v, log_a, state, backend, beta):
+        seen.append((q.dtype, log_a.dtype, beta.dtype))
+        return kernels.scan(q, k, v, log_a, state, backend, beta)
+
+    monkeypatch.setattr(lg, "scan", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 5, 8), layer.zero_state(2))
+    assert seen == [(torch.bfloat16, torch.float32, torch.float32)]
 
 
 # ---- other libraries ----

@@ -397,7 +397,7 @@ def test_every_label_of_a_figure_is_trained_by_its_plan(reproduced):
     with open(os.path.join(reproduced, "results.json")) as f:
         results = json.load(f)
     titles = [panel["title"] for panel in results["all"][ev.ARCHITECTURES]["panels"]]
-    assert titles == [f"{model}: {part}" for model in TOY_MODELS for part in ("text", "echo")]
+    assert titles == [f"{model}: {part}, seeds: 1" for model in TOY_MODELS for part in ("text", "echo")]
     results = results["mamba2"] | results["all"]
     for name, (_, _, measures) in ev.FIGURES.items():
         drawn = {label for panel in results[name]["panels"] for label in panel["curves"]}

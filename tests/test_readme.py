@@ -24,10 +24,14 @@ CUT = 1e-9  # float64: only the order of additions differs
 
 
 def curve(figure, title, label, xlabel=None, model="mamba2"):
-    """{x: the values of all seeds (seeds,)} of one curve of a figure."""
+    """{x: the values of all seeds (seeds,)} of one curve of a figure. title: how the panel's title begins"""
     results = json.loads((ROOT / "assets" / "results.json").read_text())
     for panel in results[model][figure]["panels"]:
-        if panel["title"] == title and xlabel in (None, panel["xlabel"]) and label in panel["curves"]:
+        if (
+            panel["title"].startswith(title)
+            and xlabel in (None, panel["xlabel"])
+            and label in panel["curves"]
+        ):
             x, values = panel["curves"][label]
             return dict(zip(x, np.array(values).T, strict=True))
     raise KeyError(f"{figure}, {title}, {label}")
