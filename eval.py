@@ -202,6 +202,8 @@ PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
 MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
 ALL = {run: run for run in [*train.STYLES, *ADDED]}
 ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
+# nothing in passkey continues, so tbtt would be the very run of state_passing
+ON_PASSKEY = {run: run for run in ALL_BUT_SCAN if run != "tbtt"}
 WITH_CONTROL = {run: run for run in ["base", "zero", "state_passing"]}
 # {run on echo: the run on BABILong that starts from it}
 STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
@@ -236,7 +238,7 @@ FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, 
     ),
     "effrem": ("Effective remembrance at 4 T", "echo", [(effrem, "echo", MAIN)]),
     "copying": ("Copying random letters", "copy", [(copy_accuracy, "copy", WITH_CONTROL)]),
-    "passkey": ("A passkey after fine-tuning", "passkey", [(passkey_accuracy, "passkey", ALL_BUT_SCAN)]),
+    "passkey": ("A passkey after fine-tuning", "passkey", [(passkey_accuracy, "passkey", ON_PASSKEY)]),
     "babilong": ("BABILong after fine-tuning", "babilong", [(babilong_accuracy, "babilong", STARTS)]),
     "sweep": (
         "When does a base break?",
@@ -391,7 +393,7 @@ PLAN = {
     ],
     "mixed": ["--task mixed --intervention " + name for name in lg.INTERVENTIONS],
     "copy": [COPY_BASE, COPY + "zero", COPY + "state_passing"],
-    "passkey": [PASSKEY_BASE, *(PASSKEY + name for name in lg.INTERVENTIONS)],
+    "passkey": [PASSKEY_BASE, *(PASSKEY + name for name in ON_PASSKEY if name != "base")],
     "babilong": [
         "--task echo --intervention state_passing",
         "--task echo --intervention tbtt",

@@ -263,6 +263,15 @@ def checksum(windows):
     return number
 
 
+def test_nothing_in_passkey_continues_so_tbtt_is_state_passing():
+    batches = []
+    for continues in (False, True):
+        rows = lg.Rows(small(), "train", 3, continues, seed=0)
+        batches.append([lg.passkey(rows, 160) for _ in range(2)])
+    for (tokens, part), (same_tokens, same_part) in zip(*batches, strict=True):
+        assert np.array_equal(tokens, same_tokens) and np.array_equal(part, same_part)
+
+
 def test_passkey_and_babilong_in_bytes_are_those_of_the_first_edition():
     corpus = small(LINES)
     keys, stories = [], []
