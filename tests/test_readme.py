@@ -101,6 +101,17 @@ def interventions():
         yield f" | {' | '.join(cells)} |"
 
 
+def words_about_gated_deltanet():
+    """Its echo after state passing, over three seeds, and what its decay alone can do, on seed 0."""
+    echo = curve("interventions", "echo", "state_passing", model="gdn")
+    yield f"echo still grows from {echo[1].mean():.2f} in T to {echo[64].mean():.2f} at 64 T"
+    for label in ("base", "state_passing"):
+        kept = list(curve("forgetting", "what heads keep over T", label, model="gdn").values())
+        assert len(kept) == 8 and sum(share[0] > 0.99 for share in kept) == 2
+    best = [min(curve("forgetting", "echo", "base", x, "gdn").values())[0] for x in (MINUS, TIMES)]
+    yield f"stays above {min(best):.2f} nats on echo"
+
+
 def forgetting():
     kept = []
     for label in ("base", "state_passing"):
@@ -188,6 +199,7 @@ PARTS = (
     architectures,
     interventions,
     interventions_of_gated_deltanet,
+    words_about_gated_deltanet,
     forgetting,
     budget,
     plain_text,
