@@ -144,32 +144,37 @@ def test_beta_stays_in_float32_where_autocast_computes_in_bfloat16(monkeypatch):
 # ---- other libraries ----
 
 
+def assert_both_scans_equal(theirs):
+    """theirs(q, k, v, log_a, beta, state) -> o, final state; it divides q by sqrt(K) itself"""
+    inputs, _ = make_inputs(37, False, G=4)  # as many heads of q and k as of v
+    q, k, v, log_a, state, beta = (x.float() for x in inputs)
+    o, final = theirs(q, k, v, log_a, beta, state)
+    for function in (loop, chunks):
+        got, got_final = function(q * q.shape[-1] ** -0.5, k, v, log_a, state, beta)
+        assert relative_error(got, o.double()) < THEIRS
+        assert relative_error(got_final, final.double()) < THEIRS
+
+
 @pytest.mark.parametrize("name", ["torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"])
 def test_both_scans_equal_those_of_transformers(name):
     needs("transformers")
     from transformers.models.qwen3_next import modeling_qwen3_next
 
-    theirs = getattr(modeling_qwen3_next, name)
-    inputs, _ = make_inputs(37, False, G=4)  # as many heads of q and k as of v
-    q, k, v, log_a, state, beta = (x.float() for x in inputs)
-    o, final = theirs(q, k, v, g=log_a, beta=beta, initial_state=state, output_final_state=True)
-    for function in (loop, chunks):
-        got, got_final = function(q * q.shape[-1] ** -0.5, k, v, log_a, state, beta)
-        assert relative_error(got, o.double()) < THEIRS
-        assert relative_error(got_final, final.double()) < THEIRS
+    def theirs(q, k, v, log_a, beta, state):
+        scan = getattr(modeling_qwen3_next, name)
+        return scan(q, k, v, g=log_a, beta=beta, initial_state=state, output_final_state=True)
+
+    assert_both_scans_equal(theirs)
 
 
 def test_both_scans_equal_the_naive_one_of_flash_linear_attention():
     naive = needs("fla.ops.gated_delta_rule.naive")
-    inputs, _ = make_inputs(37, False, G=4)
-    q, k, v, log_a, state, beta = (x.float() for x in inputs)
-    o, final = naive.naive_recurrent_gated_delta_rule(
-        q, k, v, beta, log_a, initial_state=state, output_final_state=True
-    )
-    for function in (loop, chunks):
-        got, got_final = function(q * q.shape[-1] ** -0.5, k, v, log_a, state, beta)
-        assert relative_error(got, o.double()) < THEIRS
-        assert relative_error(got_final, final.double()) < THEIRS
+
+    def theirs(q, k, v, log_a, beta, state):
+        scan = naive.naive_recurrent_gated_delta_rule
+        return scan(q, k, v, beta, log_a, initial_state=state, output_final_state=True)
+
+    assert_both_scans_equal(theirs)
 
 
 def test_the_layer_is_that_of_qwen3_next():

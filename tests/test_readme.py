@@ -18,6 +18,7 @@ import lengthgen as lg
 import train
 
 ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = json.loads((ROOT / "assets" / "results.json").read_text())
 MINUS, TIMES = "d: log_a minus d", "c: log_a times c"
 GAP = "the paired gap"
 CUT = 1e-9  # float64: only the order of additions differs
@@ -25,8 +26,7 @@ CUT = 1e-9  # float64: only the order of additions differs
 
 def curve(figure, title, label, xlabel=None, model="mamba2"):
     """{x: the values of all seeds (seeds,)} of one curve of a figure. title: how the panel's title begins"""
-    results = json.loads((ROOT / "assets" / "results.json").read_text())
-    for panel in results[model][figure]["panels"]:
+    for panel in RESULTS[model][figure]["panels"]:
         if (
             panel["title"].startswith(title)
             and xlabel in (None, panel["xlabel"])
@@ -227,7 +227,7 @@ def test_the_intervention_and_the_layer_of_the_readme_train_in_a_copy(tmp_path):
     source = (tmp_path / "train.py").read_text()
     (tmp_path / "train.py").write_text(source.replace("TINY_MODELS = {", f"TINY_MODELS = {{ {size},", 1))
     (tmp_path / "text.txt").write_text("some words to learn from\n" * 400)
-    options = "--model retention --intervention halved --steps 2 --batch 2 --T 8 --data text.txt --device cpu"
+    options = "--model retention --intervention halved --steps 2 --batch 2 --T 4 --data text.txt --device cpu"
     command = [sys.executable, "train.py", *options.split()]
     for text in ("halved: echo loss", "found, all 2 steps"):  # trained at first, then found again
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
