@@ -1469,21 +1469,15 @@ KINDS = {
     "gated_deltanet": ("gdn", (*FLA, "head_dim", "conv_size"), (), {}),
 }
 
-# settings that change the formulas; REQUIRED is {names of settings: the values that our formulas allow}, and
-# a file without the setting has the first value
-ON = ("rms_norm", "rmsnorm", "conv_bias", "use_conv_bias")
-ON += ("use_output_gate", "elementwise_affine", "use_gk", "use_gate")
-OFF = ("bias", "use_bias", "norm_before_gate", "D_has_hdim", "d_intermediate")
-OFF += ("use_short_conv", "use_gv", "allow_neg_eigval")
-NONE = ("d_ssm", "attn_layer_idx")
-NONE += ("attn", "feature_map", "clamp_min", "attnres_block_size", "num_kv_heads", "num_v_heads")
-LIMITS = ("dt_limit", "time_step_limit")
+# settings that change the formulas and that the names and shapes of the weights do not show; REQUIRED is
+# {names of settings: the values that our formulas allow}, and a file without the setting has the first value
 REQUIRED = {
-    ON: [True],
-    OFF: [False],  # or 0, which is equal
-    NONE: [None, []],
-    LIMITS: [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],  # two ways of JSON to say infinity
+    ("rms_norm", "use_gate"): [True],
+    ("norm_before_gate", "allow_neg_eigval"): [False],
+    ("attn_layer_idx", "attn", "feature_map", "clamp_min", "attnres_block_size"): [None, []],
     ("hidden_act", "output_gate_activation"): ["silu", "swish"],
+    # JSON has two ways to say infinity
+    ("dt_limit", "time_step_limit"): [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
 }
 
 # parts of the names of weights: ours, and those of mamba_ssm and flash-linear-attention
@@ -1582,33 +1576,24 @@ def import_settings(theirs):
     # refuse settings under which the formulas are not ours
     if kind == "mamba2":
         settings.pop("norm_before_gate", None)  # published files have it, transformers does not read it
-    if kind == "gated_deltanet":  # import_weights refuses convolutions that are missing or have a bias
-        settings.pop("use_short_conv", None)
-        settings.pop("conv_bias", None)
     num_heads = settings.get("num_heads", LAYERS[layer].OFFICIAL.get("num_heads"))
-    for name in ("num_kv_heads", "num_v_heads"):
-        if settings.get(name) == num_heads:  # one for each head, which is what None means
-            settings.pop(name, None)
-    for required, values in REQUIRED.items():
-        for name in required:
+    required = REQUIRED | {("num_kv_heads", "num_v_heads"): [None, num_heads]}
+    for required_names, values in required.items():
+        for name in required_names:
             value = settings.pop(name, values[0])
             if value not in values:
                 raise ValueError(f"its {name} is {value!r}, but only {values[0]!r} is known here")
 
     # our fields; None and "auto" mean the default
     config = dict(defaults, layer=layer)
-    ignored = []
-    for name, value in settings.items():
-        if name in ("residual_in_fp32", "fused_add_norm"):
-            continue  # how to compute, which changes no result
-        if name not in names + names_in_ssm_cfg:
-            ignored.append(name)
-        elif value not in (None, "auto"):
+    for name in names + names_in_ssm_cfg:
+        value = settings.pop(name, None)
+        if value not in (None, "auto"):
             if not isinstance(value, (int, float)):
                 raise ValueError(f"its {name} is {value!r}, expected a number")
             config[OUR_FIELD.get(name, name)] = value
-    if ignored:
-        print(f"config.json: settings that are unknown here and ignored: {', '.join(ignored)}", flush=True)
+    if settings:
+        print(f"config.json: settings that are not used here: {', '.join(settings)}", flush=True)
     return ModelConfig(**config)
 
 
