@@ -1480,20 +1480,15 @@ REQUIRED = {
     ("dt_limit", "time_step_limit"): [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
 }
 
-# parts of the names of weights: ours, and those of mamba_ssm and flash-linear-attention
-MAMBA_NAMES = {
-    "embedding.": "backbone.embedding.",
-    "layers.": "backbone.layers.",
-    "norm_f.": "backbone.norm_f.",
+# parts of the names of weights, ours: those of mamba_ssm and of fla; in this order, because "norm_f." becomes
+# a name with ".norm." in it
+NAMES = {
+    "embedding.": ("backbone.embedding.", "model.embeddings."),
+    "layers.": ("backbone.layers.", "model.layers."),
+    ".norm.": (".norm.", ".attn_norm."),
+    ".mixer.": (".mixer.", ".attn."),
+    "norm_f.": ("backbone.norm_f.", "model.norm."),
 }
-FLA_NAMES = {  # in this order, because "norm_f." becomes a name with ".norm." in it
-    "embedding.": "model.embeddings.",
-    "layers.": "model.layers.",
-    ".norm.": ".attn_norm.",
-    ".mixer.": ".attn.",
-    "norm_f.": "model.norm.",
-}
-NAMES = {"mamba2": MAMBA_NAMES, "mamba1": MAMBA_NAMES, "gla": FLA_NAMES, "gdn": FLA_NAMES}
 
 
 def load_checkpoint(name_or_folder):
@@ -1512,8 +1507,7 @@ def load_checkpoint(name_or_folder):
     if os.path.isfile(file):
         with reading(file, "a checkpoint of train.py"):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            # checks the weights; names stay
-            checkpoint["model"] = import_weights(ModelConfig(**checkpoint["config"]), checkpoint["model"])
+            checkpoint["model"] = check_weights(ModelConfig(**checkpoint["config"]), checkpoint["model"])
             return checkpoint
 
     # config.json and weights of another library
@@ -1523,7 +1517,7 @@ def load_checkpoint(name_or_folder):
         their_settings = json.load(f)
         config = import_settings(their_settings)
     with reading(folder, "a checkpoint"):
-        weights = import_weights(config, weights)
+        weights = check_weights(config, rename_weights(weights))
 
     # the tokenizer: one in the folder, or that of the official Mambas, whose config.json has no model_type
     settings = dict(task="text", T=2048, tokenizer=None, model=os.path.basename(os.path.abspath(name)))
@@ -1597,38 +1591,46 @@ def import_settings(theirs):
     return ModelConfig(**config)
 
 
-def import_weights(config, weights):
-    """The weights by our names, in float32. Raises an error unless a model of config has exactly these."""
-    if config.n_layer > len(weights):  # before a damaged file makes us build a million layers
-        raise ValueError(f"its settings ask for {config.n_layer} layers, it has {len(weights)} weights")
+def rename_weights(theirs):
+    """The weights of another library by our names."""
     ours = {}
-    for name, x in weights.items():
-        if config.layer == "gdn" and name.endswith(".attn.D"):
-            continue  # no formula uses this weight of older versions of fla
+    for name, x in theirs.items():
+        if name.endswith(".attn.D"):
+            continue  # of Gated DeltaNet in older versions of fla; no formula uses this weight
         # two names differ in transformers and in older versions of fla
         name = name.replace("backbone.embeddings.", "backbone.embedding.")
         name = name.replace(".g_norm.", ".g_norm_swish_gate.")
-        for our_part, their_part in NAMES.get(config.layer, {}).items():  # none for a layer of yours
-            name = name.replace(their_part, our_part)
+        for our_part, their_parts in NAMES.items():
+            for their_part in their_parts:
+                name = name.replace(their_part, our_part)
         ours[name] = x
+    return ours
 
-    # a tied weight may be there under either name, or under both
-    names = ("embedding.weight", "lm_head.weight")
-    tied = [ours[name] for name in names if name in ours]
-    if config.tie_embeddings and tied:
-        if len(tied) == 2 and not torch.equal(*tied):
-            raise ValueError("lm_head.weight differs from the embedding that its settings tie it to")
-        ours.update(dict.fromkeys(names, tied[0]))
+
+def check_weights(config, weights):
+    """The weights as Parameters in float32. Raises an error unless a model of config has exactly these."""
+    if config.n_layer > len(weights):  # before a damaged file makes us build a million layers
+        raise ValueError(f"its settings ask for {config.n_layer} layers, it has {len(weights)} weights")
+    weights = dict(weights)
+
+    # a tied weight may be there under one of its names only
+    if config.tie_embeddings:
+        weights.setdefault("embedding.weight", weights.get("lm_head.weight"))
+        weights.setdefault("lm_head.weight", weights["embedding.weight"])
 
     # build a model only to check: PyTorch's error names what is missing, extra or misshapen
-    model_from_checkpoint(dict(config=asdict(config), model=ours))
-    for name, x in ours.items():
+    model_from_checkpoint(dict(config=asdict(config), model=weights))
+    for name, x in weights.items():
         if not x.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite, fetch it again")
-        ours[name] = nn.Parameter(x.to(torch.float32, copy=True))  # x may be a view of the file
+        weights[name] = nn.Parameter(x.to(torch.float32, copy=True))  # x may be a view of the file
+
+    # both names of a tied weight get one Parameter, so that it stays tied
     if config.tie_embeddings:
-        ours["lm_head.weight"] = ours["embedding.weight"]  # one Parameter, so that it stays tied
-    return ours
+        if not torch.equal(weights["lm_head.weight"], weights["embedding.weight"]):
+            raise ValueError("lm_head.weight differs from the embedding that its settings tie it to")
+        weights["lm_head.weight"] = weights["embedding.weight"]
+    return weights
 
 
 def model_from_checkpoint(checkpoint):
@@ -1651,6 +1653,7 @@ def export_model(model, folder, dtype=torch.float32):
     if config.layer not in kinds:
         raise ValueError(f"no other library is known that has the layer {config.layer}")
     kind = kinds[config.layer]
+    is_fla = kind in ("gla", "gated_deltanet")
     _, names, names_in_ssm_cfg, defaults = KINDS[kind]
     assumed = ModelConfig(**defaults, layer=config.layer)  # what the library takes where it has no setting
     for field in ("norm_eps", "gate_low_rank_dim", "pad_vocab_size_multiple"):
@@ -1668,8 +1671,8 @@ def export_model(model, folder, dtype=torch.float32):
     for name, x in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_embeddings:
             continue
-        for our_part, their_part in NAMES[config.layer].items():
-            name = name.replace(our_part, their_part)
+        for our_part, (in_mamba_ssm, in_fla) in NAMES.items():
+            name = name.replace(our_part, in_fla if is_fla else in_mamba_ssm)
         weights[name] = x.to("cpu", dtype)
         if not weights[name].isfinite().all():
             raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
@@ -1678,7 +1681,7 @@ def export_model(model, folder, dtype=torch.float32):
 
     # the settings by the library's names
     settings = {name: getattr(config, OUR_FIELD.get(name, name)) for name in names}
-    if NAMES[config.layer] is FLA_NAMES:
+    if is_fla:
         settings["model_type"] = kind
     else:
         ssm_cfg = {name: getattr(config, name) for name in names_in_ssm_cfg}
