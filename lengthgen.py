@@ -1437,8 +1437,12 @@ CHECKPOINT = "checkpoint.pt"  # of train.py
 
 # the settings that are read from config.json, by their names there
 MAMBA_SSM = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "pad_vocab_size_multiple")
-SSM_CFG_1 = ("d_state", "d_conv", "expand", "dt_rank")  # mamba_ssm keeps the settings of its layers apart
-SSM_CFG_2 = ("d_state", "d_conv", "expand", "headdim", "ngroups")
+MAMBA_SSM_1 = (*MAMBA_SSM, "d_state", "d_conv", "expand", "dt_rank")  # all but those of MAMBA_SSM in ssm_cfg
+MAMBA_SSM_2 = (*MAMBA_SSM, "d_state", "d_conv", "expand", "headdim", "ngroups")
+TRANSFORMERS = ("hidden_size", "num_hidden_layers", "tie_word_embeddings", "layer_norm_epsilon", "vocab_size")
+TRANSFORMERS += ("state_size", "conv_kernel", "expand", "head_dim", "n_groups", "time_step_rank")
+FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
+FLA += ("expand_v", "hidden_ratio")
 OUR_FIELD = {  # a setting's name there: our field, where they differ
     "hidden_size": "d_model",
     "num_hidden_layers": "n_layer",
@@ -1451,22 +1455,17 @@ OUR_FIELD = {  # a setting's name there: our field, where they differ
     "n_groups": "ngroups",
     "time_step_rank": "dt_rank",
 }
-TRANSFORMERS = ("hidden_size", "num_hidden_layers", "tie_word_embeddings", "layer_norm_epsilon", "vocab_size")
-TRANSFORMERS += ("state_size", "conv_kernel", "expand", "head_dim", "n_groups", "time_step_rank")
-FLA = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "norm_eps", "num_heads")
-FLA += ("expand_v", "hidden_ratio")
 
-# kind: (our layer, names in config.json, names in its ssm_cfg, values of our fields that the file leaves out)
-# The kind is model_type or, in mamba_ssm, the "layer" of ssm_cfg.
-PADDED = dict(pad_vocab_size_multiple=8)  # the default of mamba_ssm
-UNPADDED = dict(pad_vocab_size_multiple=1)  # the vocab_size of transformers includes the padding
+# kind: (our layer, names of settings, values of our fields that the file leaves out). The kind is model_type
+# or, in mamba_ssm, the "layer" of ssm_cfg. The first kind with a layer is the one that we write.
 KINDS = {
-    "Mamba1": ("mamba1", MAMBA_SSM, SSM_CFG_1, PADDED),
-    "Mamba2": ("mamba2", MAMBA_SSM, SSM_CFG_2, PADDED),
-    "mamba": ("mamba1", TRANSFORMERS, (), UNPADDED),
-    "mamba2": ("mamba2", TRANSFORMERS, (), UNPADDED | dict(ngroups=8, tie_embeddings=False)),
-    "gla": ("gla", (*FLA, "expand_k"), (), {}),
-    "gated_deltanet": ("gdn", (*FLA, "head_dim", "conv_size"), (), {}),
+    "Mamba1": ("mamba1", MAMBA_SSM_1, dict(pad_vocab_size_multiple=8)),
+    "Mamba2": ("mamba2", MAMBA_SSM_2, dict(pad_vocab_size_multiple=8)),
+    # the vocab_size of transformers includes the padding
+    "mamba": ("mamba1", TRANSFORMERS, dict(pad_vocab_size_multiple=1)),
+    "mamba2": ("mamba2", TRANSFORMERS, dict(pad_vocab_size_multiple=1, ngroups=8, tie_embeddings=False)),
+    "gla": ("gla", (*FLA, "expand_k"), {}),
+    "gated_deltanet": ("gdn", (*FLA, "head_dim", "conv_size"), {}),
 }
 
 # settings that change the formulas and that the names and shapes of the weights do not show; REQUIRED is
@@ -1565,7 +1564,7 @@ def import_settings(theirs):
     kind = settings.pop("model_type", None) or settings.pop("layer", None) or "Mamba1"
     if kind not in KINDS:
         raise ValueError(f"unknown kind of model {kind!r}, expected one of {', '.join(KINDS)}")
-    layer, names, names_in_ssm_cfg, defaults = KINDS[kind]
+    layer, names, defaults = KINDS[kind]
 
     # refuse settings under which the formulas are not ours
     if kind == "mamba2":
@@ -1580,7 +1579,7 @@ def import_settings(theirs):
 
     # our fields; None and "auto" mean the default
     config = dict(defaults, layer=layer)
-    for name in names + names_in_ssm_cfg:
+    for name in names:
         value = settings.pop(name, None)
         if value not in (None, "auto"):
             if not isinstance(value, (int, float)):
@@ -1649,34 +1648,31 @@ def export_model(model, folder, dtype=torch.float32):
     """
     assert dtype.is_floating_point, f"dtype is {dtype}, expected a floating-point one"
     config = model.config
-    kinds = {"mamba1": "Mamba1", "mamba2": "Mamba2", "gla": "gla", "gdn": "gated_deltanet"}
-    if config.layer not in kinds:
+    kinds = [kind for kind, (layer, _, _) in KINDS.items() if layer == config.layer]
+    if not kinds:
         raise ValueError(f"no other library is known that has the layer {config.layer}")
-    kind = kinds[config.layer]
-    is_fla = kind in ("gla", "gated_deltanet")
-    _, names, names_in_ssm_cfg, defaults = KINDS[kind]
-    assumed = ModelConfig(**defaults, layer=config.layer)  # what the library takes where it has no setting
+    kind = kinds[0]
+    _, names, defaults = KINDS[kind]
+    is_fla = LAYERS[config.layer].HAS_MLP
+
+    # refuse values for which the library has no setting, and files that it would read instead
+    assumed = ModelConfig(**defaults, layer=config.layer)
     for field in ("norm_eps", "gate_low_rank_dim", "pad_vocab_size_multiple"):
         if field not in names and getattr(config, field) != getattr(assumed, field):
             raise ValueError(f"the other library has no setting for {field} {getattr(config, field)}")
     for pattern in (CHECKPOINT, "model*.safetensors", "pytorch_model-*.bin"):
-        found = glob.glob(os.path.join(glob.escape(folder), pattern))
-        if found:
-            raise ValueError(
-                f"{found[0]} would be read instead of what is written here: choose another folder"
-            )
+        for file in glob.glob(pattern, root_dir=folder):
+            raise ValueError(f"{folder}/{file} would be read instead of this model: choose another folder")
 
-    # the weights by the library's names; a tied one is stored once, because both names share its memory
+    # the weights by the library's names
     weights = {}
     for name, x in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_embeddings:
-            continue
         for our_part, (in_mamba_ssm, in_fla) in NAMES.items():
             name = name.replace(our_part, in_fla if is_fla else in_mamba_ssm)
         weights[name] = x.to("cpu", dtype)
         if not weights[name].isfinite().all():
             raise ValueError(f"{name} is not finite or too large for {dtype}, choose another dtype")
-    if config.tie_embeddings:
+    if config.tie_embeddings:  # a tensor with two names is stored once
         weights["lm_head.weight"] = next(x for name, x in weights.items() if "embedding" in name)
 
     # the settings by the library's names
@@ -1684,7 +1680,7 @@ def export_model(model, folder, dtype=torch.float32):
     if is_fla:
         settings["model_type"] = kind
     else:
-        ssm_cfg = {name: getattr(config, name) for name in names_in_ssm_cfg}
+        ssm_cfg = {name: settings.pop(name) for name in names if name not in MAMBA_SSM}
         settings.update(rms_norm=True, residual_in_fp32=True, ssm_cfg=dict(ssm_cfg, layer=kind))
     write_atomically(os.path.join(folder, "pytorch_model.bin"), lambda file: torch.save(weights, file))
     write_text(os.path.join(folder, "config.json"), json.dumps(settings, indent=2) + "\n")
