@@ -1198,12 +1198,8 @@ def decode_bytes(ids):
 
 BYTES = Tokenizer(256, (), encode_bytes, decode_bytes)  # one token for each byte of UTF-8
 NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of the official Mambas, whose checkpoints do not hold it
-KNOWN = {  # name: (words, special), enough to read a .bin without a download
-    "gpt2": (50257, (50256, 50256)),
-    "r50k_base": (50257, (50256, 50256)),
-    "p50k_base": (50281, (50256, 50256)),
-    NEOX: (50277, (0, 1)),
-}
+# name: (words, special), enough to read a .bin without a download
+KNOWN = {"gpt2": (50257, (50256, 50256)), NEOX: (50277, (0, 1))}
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -1338,14 +1334,12 @@ def load_bins(files, tokenizer, vocab_size):
 
     # the vocabulary; if the tokenizer is unknown, bos is GPT-2's 50256, or the last token if there are fewer
     highest = max(int(tokens.max(initial=0)) for tokens in splits)
-    if tokenizer in KNOWN:
-        words, special = KNOWN[tokenizer]
-    elif tokenizer != "bytes":
-        words, special = load_tokenizer(tokenizer)[:2]
-    else:
+    if tokenizer == "bytes":
         words = vocab_size or highest + 1
         bos = min(words - 1, 50256)
         special = (bos, bos)
+    else:
+        words, special = KNOWN.get(tokenizer) or load_tokenizer(tokenizer)[:2]
     if highest >= words:
         raise ValueError(f"{files[0]} has a token {highest}, outside the vocabulary of {words} words")
 
