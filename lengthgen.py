@@ -1580,7 +1580,7 @@ def import_settings(theirs):
                 raise ValueError(f"its {name} is {value!r}, expected a number")
             config[OUR_FIELD.get(name, name)] = value
     if settings:
-        print(f"config.json: settings that are not used here: {', '.join(settings)}", flush=True)
+        print(f"config.json: settings that are not read here: {', '.join(settings)}", flush=True)
     return ModelConfig(**config)
 
 
