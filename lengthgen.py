@@ -110,34 +110,50 @@ def map_state(function, *states):
 
 
 # ---- 2. The layers ----
-# A layer is called as y, state = layer(x, state), with x and y (B, T, D) and a LayerState. It computes q, k,
-# v and log_a from x, Gated DeltaNet also beta, and leaves the recurrence to kernels.scan:
-#
-#     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
-#
-# In Gated DeltaNet beta_t (v_t - (diag(a_t) S_{t-1})^T k_t) takes the place of v_t.
-#
-# A layer's class has two constants. OFFICIAL holds the official values of those fields of ModelConfig that
-# are None. HAS_MLP says that a model is built as in flash-linear-attention: an MLP follows the layer in every
-# block, and all matrices and convolutions start with the std 0.02.
 
 
-def zero_tensor(weight, *shape):
-    """Zeros for a state, on the device of a weight, in float32 or, where the weight is float64, float64."""
-    return weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+class Layer(nn.Module):
+    """What the layers share. A layer is called as y, state = layer(x, state), with x and y (B, T, D).
+
+    It computes q, k, v and log_a from x, Gated DeltaNet also beta, and leaves the recurrence to kernels.scan:
+
+        S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
+
+    In Gated DeltaNet beta_t (v_t - (diag(a_t) S_{t-1})^T k_t) takes the place of v_t.
+    """
+
+    OFFICIAL = {}  # the official values of those fields of ModelConfig that are None
+    # HAS_MLP: built as in flash-linear-attention. An MLP follows the layer in every block, and all matrices
+    # and convolutions start with the std 0.02
+    HAS_MLP = False
+    HAS_BETA = False  # does the layer give a beta to the scan?
+    channels = 0  # that go through convolutions; a layer also sets its H, K and V
+
+    def __init__(self, config):
+        super().__init__()
+        self.d_conv = config.d_conv
+        self.backend = config.backend
+
+    def zero_state(self, B):
+        """The LayerState of B rows before their first token: float32, or float64 where the weights are."""
+        weight = next(self.parameters())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        conv = None
+        if self.channels:
+            conv = weight.new_zeros(B, self.d_conv - 1, self.channels, dtype=dtype)
+        return LayerState(conv, weight.new_zeros(B, self.H, self.K, self.V, dtype=dtype))
 
 
-class Mamba2(nn.Module):
+class Mamba2(Layer):
     """The Mamba-2 layer (Dao & Gu 2024): v = dt * x and log_a = -dt * exp(A_log), one decay per head.
 
     The heads of a group share q and k. self.D is the weight of the skip connection, not the model width.
     """
 
     OFFICIAL = dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128, headdim=64)
-    HAS_MLP = False
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         # sizes
         self.K = config.d_state
         self.V = config.headdim
@@ -145,11 +161,7 @@ class Mamba2(nn.Module):
         self.d_inner = config.expand * config.d_model
         self.H = self.d_inner // self.V
         self.channels = self.d_inner + 2 * self.G * self.K  # x, k and q go through the convolution
-        self.d_conv = config.d_conv
-        self.backend = config.backend
-        assert self.H * self.V == self.d_inner, (
-            f"{self.d_inner} channels do not divide into heads of {self.V}"
-        )
+        assert self.d_inner % self.V == 0, f"{self.d_inner} channels do not divide into heads of {self.V}"
         assert self.H % self.G == 0, f"{self.H} heads do not share {self.G} groups evenly"
 
         # weights, by their official names
@@ -160,11 +172,6 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(self.H))
         self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)  # holds weight and eps, applied per group
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
-
-    def zero_state(self, B):
-        """The LayerState of B rows before their first token."""
-        conv = zero_tensor(self.A_log, B, self.d_conv - 1, self.channels)
-        return LayerState(conv, zero_tensor(self.A_log, B, self.H, self.K, self.V))
 
     def forward(self, x, state):
         B, T, _ = x.shape
@@ -214,17 +221,16 @@ def initial_dt_bias(n):
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
 
-class GLA(nn.Module):
+class GLA(Layer):
     """Gated linear attention (Yang et al. 2024): a decay per key channel, log_a = logsigmoid(gate) / 16."""
 
     OFFICIAL = dict(pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=4, expand_v=1.0)
     HAS_MLP = True
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         # sizes
         self.H = config.num_heads
-        self.backend = config.backend
         key_dim = int(config.d_model * config.expand_k)
         value_dim = int(config.d_model * config.expand_v)
         self.K = key_dim // self.H
@@ -245,10 +251,6 @@ class GLA(nn.Module):
         self.o_proj = nn.Linear(value_dim, config.d_model, bias=False)
         nn.init.zeros_(self.gk_proj[1].bias)
 
-    def zero_state(self, B):
-        """The LayerState of B rows before their first token; there is no convolution."""
-        return LayerState(None, zero_tensor(self.q_proj.weight, B, self.H, self.K, self.V))
-
     def forward(self, x, state):
         # queries, keys and values
         q = self.q_proj(x).unflatten(-1, (self.H, self.K)) * self.K**-0.5  # (B, T, H, K)
@@ -266,7 +268,7 @@ class GLA(nn.Module):
         return self.o_proj(y), LayerState(None, scan_state)
 
 
-class Mamba1(nn.Module):
+class Mamba1(Layer):
     """The Mamba layer (Gu & Dao 2023): v = dt * x and log_a = -dt * exp(A_log).
 
     Every channel is a head with V = 1, and has a decay for each of its K key channels. self.D is the weight
@@ -274,17 +276,15 @@ class Mamba1(nn.Module):
     """
 
     OFFICIAL = dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16)
-    HAS_MLP = False
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         # sizes
         self.H = config.expand * config.d_model
         self.K = config.d_state
         self.V = 1
-        self.d_conv = config.d_conv
+        self.channels = self.H  # all go through the convolution
         self.dt_rank = config.dt_rank
-        self.backend = config.backend
 
         # weights, by their official names
         self.in_proj = nn.Linear(config.d_model, 2 * self.H, bias=False)
@@ -297,11 +297,6 @@ class Mamba1(nn.Module):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
             self.dt_proj.bias.copy_(initial_dt_bias(self.H))
-
-    def zero_state(self, B):
-        """The LayerState of B rows before their first token."""
-        conv = zero_tensor(self.A_log, B, self.d_conv - 1, self.H)
-        return LayerState(conv, zero_tensor(self.A_log, B, self.H, self.K, 1))
 
     def forward(self, x, state):
         # the input of the convolution and the gate z
@@ -324,7 +319,7 @@ class Mamba1(nn.Module):
         return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Layer):
     """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2025): one decay per head, as in Mamba-2, and the delta rule.
 
     The delta rule writes beta_t times the difference between v_t and what k_t reads from the decayed state.
@@ -336,51 +331,48 @@ class GatedDeltaNet(nn.Module):
         pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=6, headdim=256, expand_v=2.0
     )
     HAS_MLP = True
+    HAS_BETA = True
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         # sizes
         self.H = config.num_heads
         self.K = config.headdim
         self.V = int(config.headdim * config.expand_v)
-        self.d_conv = config.d_conv
-        self.backend = config.backend
         assert math.isclose(self.V, config.headdim * config.expand_v, rel_tol=1e-5), (
             f"headdim {config.headdim} * expand_v {config.expand_v} is no integer"
         )
-        self.channels = [self.H * self.K, self.H * self.K, self.H * self.V]  # of q, k and v
+        key_dim = self.H * self.K
+        value_dim = self.H * self.V
+        self.channels = 2 * key_dim + value_dim  # q, k and v go through convolutions
 
         # weights, by their official names
-        q_channels, k_channels, v_channels = self.channels
-        self.q_proj = nn.Linear(config.d_model, q_channels, bias=False)
-        self.k_proj = nn.Linear(config.d_model, k_channels, bias=False)
-        self.v_proj = nn.Linear(config.d_model, v_channels, bias=False)
+        self.q_proj = nn.Linear(config.d_model, key_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, key_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, value_dim, bias=False)
         self.a_proj = nn.Linear(config.d_model, self.H, bias=False)
         self.b_proj = nn.Linear(config.d_model, self.H, bias=False)
-        self.g_proj = nn.Linear(config.d_model, v_channels, bias=False)
-        self.q_conv1d = nn.Conv1d(q_channels, q_channels, config.d_conv, groups=q_channels, bias=False)
-        self.k_conv1d = nn.Conv1d(k_channels, k_channels, config.d_conv, groups=k_channels, bias=False)
-        self.v_conv1d = nn.Conv1d(v_channels, v_channels, config.d_conv, groups=v_channels, bias=False)
+        self.g_proj = nn.Linear(config.d_model, value_dim, bias=False)
+        self.q_conv1d = nn.Conv1d(key_dim, key_dim, config.d_conv, groups=key_dim, bias=False)
+        self.k_conv1d = nn.Conv1d(key_dim, key_dim, config.d_conv, groups=key_dim, bias=False)
+        self.v_conv1d = nn.Conv1d(value_dim, value_dim, config.d_conv, groups=value_dim, bias=False)
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(0, 16).log())
         self.o_norm = nn.RMSNorm(self.V, config.norm_eps)  # one weight, shared by the heads
-        self.o_proj = nn.Linear(v_channels, config.d_model, bias=False)
-
-    def zero_state(self, B):
-        """The LayerState of B rows before their first token."""
-        conv = zero_tensor(self.A_log, B, self.d_conv - 1, sum(self.channels))
-        return LayerState(conv, zero_tensor(self.A_log, B, self.H, self.K, self.V))
+        self.o_proj = nn.Linear(value_dim, config.d_model, bias=False)
 
     def forward(self, x, state):
+        H, K, V = self.H, self.K, self.V
+
         # queries, keys and values, each mixed with its last inputs
-        conv_q, conv_k, conv_v = state.conv.split(self.channels, dim=-1)
+        conv_q, conv_k, conv_v = state.conv.split([H * K, H * K, H * V], dim=-1)
         q, conv_q = causal_conv(self.q_proj(x), conv_q, self.q_conv1d)  # (B, T, H K)
         k, conv_k = causal_conv(self.k_proj(x), conv_k, self.k_conv1d)  # (B, T, H K)
         v, conv_v = causal_conv(self.v_proj(x), conv_v, self.v_conv1d)  # (B, T, H V)
         conv_state = torch.cat([conv_q, conv_k, conv_v], dim=-1)  # (B, d_conv-1, 2 H K + H V)
-        q = unit_length(q.unflatten(-1, (self.H, self.K))) * self.K**-0.5  # (B, T, H, K)
-        k = unit_length(k.unflatten(-1, (self.H, self.K)))  # (B, T, H, K)
-        v = v.unflatten(-1, (self.H, self.V))  # (B, T, H, V)
+        q = unit_length(q.unflatten(-1, (H, K))) * K**-0.5  # (B, T, H, K)
+        k = unit_length(k.unflatten(-1, (H, K)))  # (B, T, H, K)
+        v = v.unflatten(-1, (H, V))  # (B, T, H, V)
 
         # the recurrence, with a decay and a beta for each head
         dt = F.softplus(self.a_proj(x) + self.dt_bias)  # (B, T, H), float32 because dt_bias is

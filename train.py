@@ -195,8 +195,7 @@ def tell_scan(model):
     """Print which scan of kernels.py the model uses, and why."""
     layer, device = model.layers[0].mixer, model.lm_head.weight.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in training
-    delta_rule = isinstance(layer, lg.GatedDeltaNet)
-    backend, reason = kernels.choose_backend(device, dtype, layer.K, layer.V, delta_rule)
+    backend, reason = kernels.choose_backend(device, dtype, layer.K, layer.V, layer.HAS_BETA)
     if model.config.backend:
         backend, reason = model.config.backend, "asked for"
     print_once(f"scan: {backend}, {reason}")

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_checkpoint import needs
-from test_model import make_model
+from test_model import MODELS, make_model
 from test_scan import relative_error, values_and_gradients
 
 import kernels
 import lengthgen as lg
+import train
 from kernels import chunked_scan, recurrent_scan, scan
 
 CHUNK = 8
@@ -125,6 +126,26 @@ def test_a_beta_of_another_shape_is_refused():
     inputs, _ = make_inputs(5, False)
     with pytest.raises(AssertionError, match=r"beta \(2, 5, 3\)"):
         recurrent_scan(*inputs[:5], beta=inputs[5][..., :3])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_says_whether_it_gives_a_beta_and_the_announced_scan_goes_by_that(name, monkeypatch):
+    given, asked = [], []
+
+    def recorded(q, k, v, log_a, state, backend, beta=None):
+        given.append(beta is not None)
+        return kernels.scan(q, k, v, log_a, state, backend, beta)
+
+    def choose(device, dtype, K, V, delta_rule):
+        asked.append(delta_rule)
+        return "chunked", "a test asks"
+
+    monkeypatch.setattr(lg, "scan", recorded)
+    model = make_model(name)
+    model(torch.zeros(1, 3, dtype=torch.long))
+    monkeypatch.setattr(kernels, "choose_backend", choose)
+    train.tell_scan(model)
+    assert given == 2 * [lg.LAYERS[name].HAS_BETA] and asked == [lg.LAYERS[name].HAS_BETA]
 
 
 def test_beta_stays_in_float32_where_autocast_computes_in_bfloat16(monkeypatch):
