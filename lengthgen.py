@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import tiktoken
@@ -1076,19 +1077,13 @@ def state_std(model, tokens, at):
     return torch.stack(full), torch.stack(layers), torch.stack(heads)
 
 
-@contextlib.contextmanager
 def changed_decay(change):
-    """Within the block of this context manager, the layers of all models take change(log_a) for log_a."""
-    global scan
+    """A context manager. Within its block, the layers of all models take change(log_a) for log_a."""
 
     def changed_scan(q, k, v, log_a, state, backend, beta=None):
         return kernels.scan(q, k, v, change(log_a), state, backend, beta)
 
-    scan = changed_scan
-    try:
-        yield
-    finally:
-        scan = kernels.scan
+    return mock.patch(f"{__name__}.scan", changed_scan)
 
 
 @torch.no_grad()
