@@ -1112,13 +1112,10 @@ def effective_remembrance(model, tokens, starts, end):
     tokens = torch.as_tensor(tokens).to(model.lm_head.weight.device)
     zero_state = model.zero_state(len(tokens))
 
-    # x[0:] and the suffixes x[t:] run as one batch, which grows by B rows from zeros at each t
-    state = zero_state
-    copies = 1
-    for start, stop in itertools.pairwise([0, *starts, end]):
-        if start > 0:
-            state = map_state(lambda x, new_rows: torch.cat([x, new_rows]), state, zero_state)
-            copies += 1
+    # x[0:] and the suffixes x[t:] run as one batch, which grows by B rows from zeros at 0 and at each t
+    state = model.zero_state(0)
+    for copies, (start, stop) in enumerate(itertools.pairwise([0, *starts, end]), 1):
+        state = map_state(lambda x, new_rows: torch.cat([x, new_rows]), state, zero_state)
         if start < stop:  # the last t may be `end` itself
             _, state = model(tokens[:, start:stop].repeat(copies, 1), state)
 
