@@ -591,19 +591,18 @@ class StateStatistics:
 
     def update(self, state):
         """Take in the final state of one more micro-batch; in a distributed run, of all ranks."""
+        # the plain average of the first 1/rate updates, an exponential one from then on
+        self.count += 1
+        weight = max(self.rate, 1 / self.count)
+
+        def average(old, new):
+            return old + weight * (new - old)
+
+        # the first weight is 1, so then any numbers will do for the old ones
         mean = map_state(batch_mean, state)
         mean_square = map_state(lambda x: batch_mean(x.float() ** 2), state)
-        if self.count == 0:  # any start will do, because the first weight below is 1
-            self.mean = mean
-            self.mean_square = mean_square
-        self.count += 1
-
-        # the plain average of the first 1/rate updates, an exponential one from then on
-        weight = max(self.rate, 1 / self.count)
-        self.mean = map_state(lambda old, new: old + weight * (new - old), self.mean, mean)
-        self.mean_square = map_state(
-            lambda old, new: old + weight * (new - old), self.mean_square, mean_square
-        )
+        self.mean = map_state(average, self.mean or mean, mean)
+        self.mean_square = map_state(average, self.mean_square or mean_square, mean_square)
 
     @property
     def std(self):
