@@ -715,17 +715,15 @@ def mixed(rows, T):
     Models as small as ours work past T when they are trained on plain text alone. Echo rewards them for
     keeping the state, and then they fail on streams of pure text, too.
     """
-    # make both windows for every row; in rows that continue both begin at the same place, so go back by the T
-    # that text() has moved
+    # make both windows for every row; rows that continue go back by T, so that both begin at the same place
     text_tokens, text_part = text(rows, T)
     after_text = rows.at
     rows.at = after_text - T
     echo_tokens, echo_part = echo(rows, T)
-    after_echo = rows.at
 
     # take one of the two; rows that continue go on after it
     is_echo = torch.rand(rows.B, 1, generator=rows.rng) < ECHO_SHARE
-    rows.at = torch.where(is_echo[:, 0], after_echo, after_text)
+    rows.at = torch.where(is_echo[:, 0], rows.at, after_text)
     is_echo = is_echo.numpy()
     return np.where(is_echo, echo_tokens, text_tokens), np.where(is_echo, echo_part, text_part)
 
@@ -747,17 +745,15 @@ def copy(rows, T, shortest=5, longest=20):
     tokens, part = empty_windows(rows, T)
     tokens[:] = ord("$")  # the last target of a window is the $ of the next one
     for b in range(rows.B):
-        start = 0
-        while start < T:
+        row = []
+        while len(row) < T:
             n = int(torch.randint(shortest, longest + 1, (), generator=rows.rng))
-            letters = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).numpy()
-            string = [ord("$"), *letters, ord("|"), *letters, ord(".")]
-            end = start + len(string)
-            tokens[b, start : min(end, T)] = string[: T - start]
-            if end <= T:
-                # part[i] belongs to token i + 1: n copied letters, then the "."
-                part[b, start + n + 1 : end - 1] = [1] * n + [2]
-            start = end
+            letters = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).tolist()
+            row += [ord("$"), *letters, ord("|"), *letters, ord(".")]
+            if len(row) <= T:
+                # its last n + 1 targets: the copied letters and the "."; part[i] belongs to token i + 1
+                part[b, len(row) - n - 2 : len(row) - 1] = [1] * n + [2]
+        tokens[b, :T] = row[:T]
     return tokens, part
 
 
@@ -781,10 +777,10 @@ def passkey(rows, T, depth=None):
     # every word is at least one token
     filler = list(encode(FILLER * (T // len(FILLER.split()) + 1)))  # more than T tokens
     for b in range(rows.B):
-        # the answer is asked[asked_at:]
+        # the sentences with the key, and the question with the key as its answer
         key = f"{int(torch.randint(10**5, (), generator=rows.rng)):05}"
         told = list(encode(f"The pass key is {key}. Remember it. {key} is the pass key. "))
-        asked, asked_at = encode_answer(rows.corpus, "What is the pass key? The pass key is", key)
+        asked, n_answer = encode_answer(rows.corpus, "What is the pass key? The pass key is", key)
 
         # the filler fills the window; `before` is drawn even if depth is given, so that the rows have the
         # same keys at every depth
@@ -795,18 +791,18 @@ def passkey(rows, T, depth=None):
         if depth is not None:
             before = round(depth * n)
         tokens[b, 1:T] = filler[:before] + told + filler[: n - before] + asked
-        part[b, T - 1 - len(asked) + asked_at : T - 1] = 1
+        part[b, T - 1 - n_answer : T - 1] = 1
     return tokens, part
 
 
 def encode_answer(corpus, prompt, answer):
-    """The tokens of a prompt, a space and an answer, and the place where those of the answer begin."""
+    """The tokens of a prompt, a space and an answer, and how many of them are the answer's."""
     tokens = list(corpus.encode(f"{prompt} {answer}"))
     start = len(corpus.encode(prompt))
     # most tokenizers put the space into the first token of the answer; in bytes it is a token of its own
     if not corpus.decode(tokens[start : start + 1]).strip():
         start += 1
-    return tokens, start
+    return tokens, len(tokens) - start
 
 
 def empty_windows(rows, T):
@@ -852,20 +848,18 @@ def babilong(rows, T):
     newline_tokens = [token for token in np.unique(background) if "\n" in rows.corpus.decode([token])]
     for b in range(rows.B):
         facts, question, answer = babi(rows.rng)
-        facts = [list(rows.corpus.encode(f"{fact} ")) for fact in facts]
-        asked, asked_at = encode_answer(rows.corpus, question, f"{answer}.")
+        facts = [rows.corpus.encode(f"{fact} ") for fact in facts]
+        asked, n_answer = encode_answer(rows.corpus, question, f"{answer}.")
         n = T - 1 - sum(map(len, facts)) - len(asked)  # tokens of background
 
         # a fact stands between lines, so its drawn place moves on to the end of the line
         line_ends = np.append(np.flatnonzero(np.isin(background[b, :n], newline_tokens)) + 1, n)
         places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.numpy()
         places = line_ends[np.searchsorted(line_ends, places)]
-        window = [*background[b, :n], *asked]
-        # the last fact first, so that the places of the others stay
-        for fact, place in zip(reversed(facts), reversed(places), strict=True):
-            window[place:place] = fact
-        tokens[b, 1:T] = window
-        part[b, T - 1 - len(asked) + asked_at : T - 1] = 1
+        place_of_token = np.repeat(places, [len(fact) for fact in facts])
+        window = np.insert(background[b, :n], place_of_token, np.concatenate(facts))
+        tokens[b, 1:T] = [*window, *asked]
+        part[b, T - 1 - n_answer : T - 1] = 1
     return tokens, part
 
 
