@@ -97,14 +97,10 @@ class LayerState(NamedTuple):
 
 
 def map_state(function, *states):
-    """Apply a function to the tensors of a state, or to the matching tensors of several states.
-
-    A state is a list of LayerState.
-    """
+    """Apply a function to the matching tensors of one or more states, which are lists of LayerState."""
     new_state = []
     for layers in zip(*states, strict=True):  # layers[i] is this layer in states[i]
-        convs = [layer.conv for layer in layers]
-        scans = [layer.scan for layer in layers]
+        convs, scans = zip(*layers, strict=True)
         conv = None if convs[0] is None else function(*convs)
         new_state.append(LayerState(conv, function(*scans)))
     return new_state
@@ -146,10 +142,7 @@ class Layer(nn.Module):
 
 
 class Mamba2(Layer):
-    """The Mamba-2 layer (Dao & Gu 2024): v = dt * x and log_a = -dt * exp(A_log), one decay per head.
-
-    The heads of a group share q and k. self.D is the weight of the skip connection, not the model width.
-    """
+    """The Mamba-2 layer (Dao & Gu 2024): v = dt * x and log_a = -dt * exp(A_log), one decay per head."""
 
     OFFICIAL = dict(pad_vocab_size_multiple=16, tie_embeddings=True, norm_eps=1e-5, d_state=128, headdim=64)
 
@@ -170,7 +163,7 @@ class Mamba2(Layer):
         self.conv1d = nn.Conv1d(self.channels, self.channels, config.d_conv, groups=self.channels)
         self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
         self.A_log = nn.Parameter(torch.empty(self.H).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(self.H))
+        self.D = nn.Parameter(torch.ones(self.H))  # of the skip connection, not the model width
         self.norm = nn.RMSNorm(self.d_inner, config.norm_eps)  # holds weight and eps, applied per group
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
 
@@ -272,8 +265,7 @@ class GLA(Layer):
 class Mamba1(Layer):
     """The Mamba layer (Gu & Dao 2023): v = dt * x and log_a = -dt * exp(A_log).
 
-    Every channel is a head with V = 1, and has a decay for each of its K key channels. self.D is the weight
-    of the skip connection, not the model width.
+    Every channel is a head with V = 1, and has a decay for each of its K key channels.
     """
 
     OFFICIAL = dict(pad_vocab_size_multiple=8, tie_embeddings=True, norm_eps=1e-5, d_state=16)
@@ -293,7 +285,7 @@ class Mamba1(Layer):
         self.x_proj = nn.Linear(self.H, self.dt_rank + 2 * self.K, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.H)
         self.A_log = nn.Parameter(torch.arange(1.0, self.K + 1).log().repeat(self.H, 1))
-        self.D = nn.Parameter(torch.ones(self.H))
+        self.D = nn.Parameter(torch.ones(self.H))  # of the skip connection, not the model width
         self.out_proj = nn.Linear(self.H, config.d_model, bias=False)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
@@ -519,10 +511,7 @@ def random_noise(state, stats, rng, std=1.0):
 
 
 def fitted_noise(state, stats, rng):
-    """Start from independent N(m, s^2), with the mean m and the std s of the final states seen in training.
-
-    Every head of every layer has its own m and s (paper, section 4).
-    """
+    """Start from independent N(m, s^2), m and s of the final states by layer and head (paper, section 4)."""
     stats.update(state)
 
     def fitted(x, mean, std):
@@ -606,10 +595,8 @@ class StateStatistics:
 
     @property
     def std(self):
-        def std_of(mean, mean_square):
-            return (mean_square - mean * mean).clamp(min=0).sqrt()
-
-        return map_state(std_of, self.mean, self.mean_square)
+        variance = map_state(lambda mean, square: square - mean * mean, self.mean, self.mean_square)
+        return map_state(lambda x: x.clamp(min=0).sqrt(), variance)
 
 
 def batch_mean(x):
@@ -706,10 +693,7 @@ def echo(rows, T):
     return tokens, np.tile(part, (rows.B, 1))
 
 
-ECHO_SHARE = 0.5
-
-
-def mixed(rows, T):
+def mixed(rows, T, echo_share=0.5):
     """Half of the rows of a window are echo, the others plain text that begins anywhere; parts as in echo.
 
     Models as small as ours work past T when they are trained on plain text alone. Echo rewards them for
@@ -722,7 +706,7 @@ def mixed(rows, T):
     echo_tokens, echo_part = echo(rows, T)
 
     # take one of the two; rows that continue go on after it
-    is_echo = torch.rand(rows.B, 1, generator=rows.rng) < ECHO_SHARE
+    is_echo = torch.rand(rows.B, 1, generator=rows.rng) < echo_share
     rows.at = torch.where(is_echo[:, 0], rows.at, after_text)
     is_echo = is_echo.numpy()
     return np.where(is_echo, echo_tokens, text_tokens), np.where(is_echo, echo_part, text_part)

@@ -114,7 +114,7 @@ def test_half_of_the_rows_of_mixed_are_echo_and_the_others_text_that_begins_anyw
     rows = lg.Rows(small(text), "train", 2000, False, seed=0)
     tokens, part = lg.mixed(rows, 32)
     is_echo = tokens[:, 16] == SEP
-    assert abs(is_echo.mean() - lg.ECHO_SHARE) < 5 * (0.25 / 2000) ** 0.5
+    assert abs(is_echo.mean() - 0.5) < 5 * (0.25 / 2000) ** 0.5
     assert (tokens[is_echo][:, [0, -1]] == BOS).all()
     assert (tokens[is_echo, 1:16] == tokens[is_echo, 17:32]).all()
     assert (part[is_echo] == np.repeat([1, 0, 2, 0], [15, 1, 15, 1])).all()
