@@ -6,9 +6,9 @@ training sequences from other states. Paper: Buitrago & Gu, ICML 2025, arXiv 250
 is a section of its version 1. Sections 1 to 4 of this file are its method; the recurrence is in kernels.py.
 
     1 configuration and state              5 tasks: what the models are trained and tested on
-    2 the layers                           6 measures: what the figures show
-    3 blocks and the language model        Appendix A: text and tokenizers
-    4 the interventions                    Appendix B: checkpoints of other libraries
+    2 the layers of the paper              6 measures: what the figures show
+    3 blocks and the language model        7 Gated DeltaNet, a layer that is not in the paper
+    4 the interventions                    Appendix A, B: text and tokenizers, checkpoints of other libraries
 
     B batch    T length of the input, in sections 5 and 6 the training length    D model width    C vocabulary
     H heads    G groups (H/G heads share q and k)    K key size of a head    V value size of a head
@@ -106,17 +106,15 @@ def map_state(function, *states):
     return new_state
 
 
-# ---- 2. The layers ----
+# ---- 2. The layers of the paper ----
 
 
 class Layer(nn.Module):
     """What the layers share. A layer is called as y, state = layer(x, state), with x and y (B, T, D).
 
-    It computes q, k, v and log_a from x, Gated DeltaNet also beta, and leaves the recurrence to kernels.scan:
+    It computes q, k, v and log_a from x and leaves the recurrence to kernels.scan:
 
         S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
-
-    In Gated DeltaNet beta_t (v_t - (diag(a_t) S_{t-1})^T k_t) takes the place of v_t.
     """
 
     OFFICIAL = {}  # the official values of those fields of ModelConfig that are None
@@ -312,80 +310,7 @@ class Mamba1(Layer):
         return self.out_proj(y), LayerState(conv_state, scan_state)
 
 
-class GatedDeltaNet(Layer):
-    """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2025): one decay per head, as in Mamba-2, and the delta rule.
-
-    The delta rule writes beta_t times the difference between v_t and what k_t reads from the decayed state.
-    With beta_t = 1, v_t takes the place of the value that the state holds for k_t. Keys have length 1, and
-    beta_t lies between 0 and 1.
-    """
-
-    OFFICIAL = dict(
-        pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=6, headdim=256, expand_v=2.0
-    )
-    HAS_MLP = True
-    HAS_BETA = True
-
-    def __init__(self, config):
-        super().__init__(config)
-        # sizes
-        self.H = config.num_heads
-        self.K = config.headdim
-        self.V = int(config.headdim * config.expand_v)
-        assert math.isclose(self.V, config.headdim * config.expand_v, rel_tol=1e-5), (
-            f"headdim {config.headdim} * expand_v {config.expand_v} is no integer"
-        )
-        key_dim = self.H * self.K
-        value_dim = self.H * self.V
-        self.channels = 2 * key_dim + value_dim  # q, k and v go through convolutions
-
-        # weights, by their official names
-        self.q_proj = nn.Linear(config.d_model, key_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, key_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, value_dim, bias=False)
-        self.a_proj = nn.Linear(config.d_model, self.H, bias=False)
-        self.b_proj = nn.Linear(config.d_model, self.H, bias=False)
-        self.g_proj = nn.Linear(config.d_model, value_dim, bias=False)
-        self.q_conv1d = nn.Conv1d(key_dim, key_dim, config.d_conv, groups=key_dim, bias=False)
-        self.k_conv1d = nn.Conv1d(key_dim, key_dim, config.d_conv, groups=key_dim, bias=False)
-        self.v_conv1d = nn.Conv1d(value_dim, value_dim, config.d_conv, groups=value_dim, bias=False)
-        self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
-        self.A_log = nn.Parameter(torch.empty(self.H).uniform_(0, 16).log())
-        self.o_norm = nn.RMSNorm(self.V, config.norm_eps)  # one weight, shared by the heads
-        self.o_proj = nn.Linear(value_dim, config.d_model, bias=False)
-
-    def forward(self, x, state):
-        H, K, V = self.H, self.K, self.V
-
-        # queries, keys and values, each mixed with its last inputs
-        conv_q, conv_k, conv_v = state.conv.split([H * K, H * K, H * V], dim=-1)
-        q, conv_q = causal_conv(self.q_proj(x), conv_q, self.q_conv1d)  # (B, T, H K)
-        k, conv_k = causal_conv(self.k_proj(x), conv_k, self.k_conv1d)  # (B, T, H K)
-        v, conv_v = causal_conv(self.v_proj(x), conv_v, self.v_conv1d)  # (B, T, H V)
-        conv_state = torch.cat([conv_q, conv_k, conv_v], dim=-1)  # (B, d_conv-1, 2 H K + H V)
-        q = unit_length(q.unflatten(-1, (H, K))) * K**-0.5  # (B, T, H, K)
-        k = unit_length(k.unflatten(-1, (H, K)))  # (B, T, H, K)
-        v = v.unflatten(-1, (H, V))  # (B, T, H, V)
-
-        # the recurrence, with a decay and a beta for each head
-        dt = F.softplus(self.a_proj(x) + self.dt_bias)  # (B, T, H), float32 because dt_bias is
-        log_a = -dt * self.A_log.exp()  # (B, T, H)
-        # float32, as dt, because bfloat16 makes every beta above 0.998 equal to 1, without a gradient
-        beta = self.b_proj(x).to(dt.dtype).sigmoid()  # (B, T, H)
-        o, scan_state = scan(q, k, v, log_a, state.scan, self.backend, beta)  # (B, T, H, V), (B, H, K, V)
-
-        # a norm over the channels of each head, then the output gate
-        y = self.o_norm(o).flatten(-2) * F.silu(self.g_proj(x))  # (B, T, H V)
-        return self.o_proj(y), LayerState(conv_state, scan_state)
-
-
-def unit_length(x):
-    """Scale each vector along the last axis to length 1. The 1e-6 is that of flash-linear-attention."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 the length would be off by 1%
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-LAYERS = {"mamba2": Mamba2, "gla": GLA, "mamba1": Mamba1, "gdn": GatedDeltaNet}
+LAYERS = {"mamba2": Mamba2, "gla": GLA, "mamba1": Mamba1}  # section 7 adds Gated DeltaNet, "gdn"
 
 # ---- 3. Blocks and the language model ----
 
@@ -1114,6 +1039,84 @@ def babilong_score(output, answer, question, qa):
     named = {label for label in labels if label in sentence and label not in question.lower()}
     return named == {answer.lower()}
 
+
+# ---- 7. Gated DeltaNet, a layer that is not in the paper ----
+
+
+class GatedDeltaNet(Layer):
+    """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2025): one decay per head, as in Mamba-2, and the delta rule.
+
+    The delta rule writes beta_t (v_t - (diag(a_t) S_{t-1})^T k_t) in place of v_t: beta_t of the difference
+    between v_t and what k_t reads from the decayed state. With beta_t = 1, v_t replaces the value that the
+    state holds for k_t. Keys have length 1, and beta_t lies between 0 and 1.
+    """
+
+    OFFICIAL = dict(
+        pad_vocab_size_multiple=1, tie_embeddings=False, norm_eps=1e-6, num_heads=6, headdim=256, expand_v=2.0
+    )
+    HAS_MLP = True
+    HAS_BETA = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        # sizes
+        self.H = config.num_heads
+        self.K = config.headdim
+        self.V = int(config.headdim * config.expand_v)
+        assert math.isclose(self.V, config.headdim * config.expand_v, rel_tol=1e-5), (
+            f"headdim {config.headdim} * expand_v {config.expand_v} is no integer"
+        )
+        key_dim = self.H * self.K
+        value_dim = self.H * self.V
+        self.channels = 2 * key_dim + value_dim  # q, k and v go through convolutions
+
+        # weights, by their official names
+        self.q_proj = nn.Linear(config.d_model, key_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, key_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, value_dim, bias=False)
+        self.a_proj = nn.Linear(config.d_model, self.H, bias=False)
+        self.b_proj = nn.Linear(config.d_model, self.H, bias=False)
+        self.g_proj = nn.Linear(config.d_model, value_dim, bias=False)
+        self.q_conv1d = nn.Conv1d(key_dim, key_dim, config.d_conv, groups=key_dim, bias=False)
+        self.k_conv1d = nn.Conv1d(key_dim, key_dim, config.d_conv, groups=key_dim, bias=False)
+        self.v_conv1d = nn.Conv1d(value_dim, value_dim, config.d_conv, groups=value_dim, bias=False)
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.H))
+        self.A_log = nn.Parameter(torch.empty(self.H).uniform_(0, 16).log())
+        self.o_norm = nn.RMSNorm(self.V, config.norm_eps)  # one weight, shared by the heads
+        self.o_proj = nn.Linear(value_dim, config.d_model, bias=False)
+
+    def forward(self, x, state):
+        H, K, V = self.H, self.K, self.V
+
+        # queries, keys and values, each mixed with its last inputs
+        conv_q, conv_k, conv_v = state.conv.split([H * K, H * K, H * V], dim=-1)
+        q, conv_q = causal_conv(self.q_proj(x), conv_q, self.q_conv1d)  # (B, T, H K)
+        k, conv_k = causal_conv(self.k_proj(x), conv_k, self.k_conv1d)  # (B, T, H K)
+        v, conv_v = causal_conv(self.v_proj(x), conv_v, self.v_conv1d)  # (B, T, H V)
+        conv_state = torch.cat([conv_q, conv_k, conv_v], dim=-1)  # (B, d_conv-1, 2 H K + H V)
+        q = unit_length(q.unflatten(-1, (H, K))) * K**-0.5  # (B, T, H, K)
+        k = unit_length(k.unflatten(-1, (H, K)))  # (B, T, H, K)
+        v = v.unflatten(-1, (H, V))  # (B, T, H, V)
+
+        # the recurrence, with a decay and a beta for each head
+        dt = F.softplus(self.a_proj(x) + self.dt_bias)  # (B, T, H), float32 because dt_bias is
+        log_a = -dt * self.A_log.exp()  # (B, T, H)
+        # float32, as dt, because bfloat16 makes every beta above 0.998 equal to 1, without a gradient
+        beta = self.b_proj(x).to(dt.dtype).sigmoid()  # (B, T, H)
+        o, scan_state = scan(q, k, v, log_a, state.scan, self.backend, beta)  # (B, T, H, V), (B, H, K, V)
+
+        # a norm over the channels of each head, then the output gate
+        y = self.o_norm(o).flatten(-2) * F.silu(self.g_proj(x))  # (B, T, H V)
+        return self.o_proj(y), LayerState(conv_state, scan_state)
+
+
+def unit_length(x):
+    """Scale each vector along the last axis to length 1. The 1e-6 is that of flash-linear-attention."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))  # in bfloat16 the length would be off by 1%
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+LAYERS["gdn"] = GatedDeltaNet
 
 # ---- Appendix A: text and tokenizers ----
 # Every document starts with the token bos, in training as in a stream.
