@@ -910,9 +910,8 @@ def paired_gap(model, tokens, T):
     """
     B, N = tokens.shape[0], tokens.shape[1] - 1
     assert N % T == 0, f"paired_gap needs N + 1 tokens with N a multiple of T {T}, got {N + 1}"
-    # the bin of a target is its block
-    block = np.arange(N) // T
-    block[np.arange(N) % T < T // 2] = -1
+    # the bin of a target is its block; the first half of each block is left out
+    block = np.where(np.arange(N) % T < T // 2, -1, np.arange(N) // T)
 
     # once with the whole stream before it, once from a zero state at the beginning of its block
     whole, count = streaming_loss(model, tokens, block, segment_for(B))
