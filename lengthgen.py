@@ -121,8 +121,8 @@ class Layer(nn.Module):
     # HAS_MLP: built as in flash-linear-attention. An MLP follows the layer in every block, and all matrices
     # and convolutions start with the std 0.02
     HAS_MLP = False
-    HAS_BETA = False  # does the layer give a beta to the scan?
-    channels = 0  # that go through convolutions; a layer also sets its H, K and V
+    HAS_BETA = False  # does the layer give the scan a beta, for the delta rule of section 7?
+    channels = 0  # how many go through convolutions; the __init__ of a layer sets it, and H, K and V
 
     def __init__(self, config):
         super().__init__()
