@@ -249,15 +249,19 @@ class GLA(Layer):
         k = self.k_proj(x).unflatten(-1, (self.H, self.K))  # (B, T, H, K)
         v = self.v_proj(x).unflatten(-1, (self.H, self.V))  # (B, T, H, V)
 
-        # the decay of each key channel, in float32 even where autocast computes in bfloat16
-        decay_gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
-        decay_gate = decay_gate.to(torch.promote_types(decay_gate.dtype, torch.float32))
-        log_a = F.logsigmoid(decay_gate) / 16  # (B, T, H, K)
+        # the recurrence
+        log_a = self.log_decay(x)  # (B, T, H, K)
         o, scan_state = scan(q, k, v, log_a, state.scan, self.backend)  # (B, T, H, V), (B, H, K, V)
 
         # a norm over the channels of each head, then the output gate
         y = self.g_norm_swish_gate(o).flatten(-2) * F.silu(self.g_proj(x))  # (B, T, H V)
         return self.o_proj(y), LayerState(None, scan_state)
+
+    def log_decay(self, x):
+        """The log_a (B, T, H, K) of inputs x (B, T, D), in float32 even where autocast computes in bfloat16."""
+        gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return F.logsigmoid(gate) / 16
 
 
 class Mamba1(Layer):
@@ -436,7 +440,10 @@ def random_noise(state, stats, rng, std=1.0):
 
 
 def fitted_noise(state, stats, rng):
-    """Start from independent N(m, s^2), m and s of the final states by layer and head (paper, section 4)."""
+    """Start from independent N(m, s^2), with the mean m and the std s of the final states seen in training.
+
+    Every head of every layer has its own m and s (paper, section 4).
+    """
     stats.update(state)
 
     def fitted(x, mean, std):

@@ -42,16 +42,39 @@ def at(x, figure, title, labels, form=".2f", **options):
     return [format(curve(figure, title, label, **options)[x].mean(), form) for label in labels]
 
 
-def main_table(model="mamba2"):
+RUNS = {  # name: label in results.json
+    "base": "base",
+    "control": "zero",
+    "random noise": "random_noise",
+    "fitted noise": "fitted_noise",
+    "state passing": "state_passing",
+    "TBTT": "tbtt",
+}
+
+
+def main_table():
     """The rows of the table of the main job, which is seed 0."""
     for title in ("text", "echo"):
-        for name, label in (("base", "base"), ("state passing", "state_passing")):
-            losses = curve("interventions", title, label, model=model).values()
+        for name in ("base", "state passing"):
+            losses = curve("interventions", title, RUNS[name]).values()
             yield f"{name:26}" + "".join(f"{loss[0]:7.3f}" for loss in losses)
 
 
-def main_table_of_gated_deltanet():
-    yield from main_table("gdn")
+def gated_deltanet():
+    """The rows of its table, which are seed 0; its echo on three seeds; what its decay alone can do."""
+    for name, label in RUNS.items():
+        cells = [name]
+        for title in ("text", "echo"):
+            losses = curve("interventions", title, label, model="gdn")
+            cells += [f"{losses[x][0]:.3f}" for x in (1, 2, 4, 16, 64)]
+        yield f"| {' | '.join(cells)} |"
+    echo = curve("architectures", "gdn: echo", "state_passing", model="all")
+    yield f"echo still grows from {echo[1].mean():.2f} in T to {echo[64].mean():.2f} at 64 T"
+    for label in ("base", "state_passing"):
+        kept = list(curve("forgetting", "what heads keep over T", label, model="gdn").values())
+        assert len(kept) == 8 and sum(share[0] > 0.99 for share in kept) == 2
+    best = [min(curve("forgetting", "echo", "base", x, "gdn").values())[0] for x in (MINUS, TIMES)]
+    yield f"stays above {min(best):.2f} nats on echo"
 
 
 def architectures():
@@ -77,14 +100,6 @@ def architectures():
         yield f"| {' | '.join([*cells[:2], str(seeds[0]), *cells[2:]])} |"
 
 
-def interventions_of_gated_deltanet():
-    """The two rows of the table, which are seed 0."""
-    labels = ("base", "zero", "random_noise", "fitted_noise", "state_passing", "tbtt")
-    for title in ("text", "echo"):
-        losses = [curve("interventions", title, label, model="gdn")[64][0] for label in labels]
-        yield f"| {title} at 64 T, nats | {' | '.join(f'{loss:.2f}' for loss in losses)} |"
-
-
 def interventions():
     """The cells of the table of the interventions."""
     for label in (
@@ -99,17 +114,6 @@ def interventions():
         text, echo = (curve("interventions", title, label) for title in ("text", "echo"))
         cells = [f"{x.mean():.2f} ({np.ptp(x):.2f})" for x in (text[1], text[64], echo[64])]
         yield f" | {' | '.join(cells)} |"
-
-
-def words_about_gated_deltanet():
-    """Its echo after state passing, over three seeds, and what its decay alone can do, on seed 0."""
-    echo = curve("interventions", "echo", "state_passing", model="gdn")
-    yield f"echo still grows from {echo[1].mean():.2f} in T to {echo[64].mean():.2f} at 64 T"
-    for label in ("base", "state_passing"):
-        kept = list(curve("forgetting", "what heads keep over T", label, model="gdn").values())
-        assert len(kept) == 8 and sum(share[0] > 0.99 for share in kept) == 2
-    best = [min(curve("forgetting", "echo", "base", x, "gdn").values())[0] for x in (MINUS, TIMES)]
-    yield f"stays above {min(best):.2f} nats on echo"
 
 
 def forgetting():
@@ -135,9 +139,8 @@ def budget():
 
 def plain_text():
     """The two rows of the table: the rise past T, and the paired gap."""
-    labels = ("base", "zero", "random_noise", "fitted_noise", "state_passing", "tbtt")
     for title in ("loss by position, minus that in T", GAP):
-        yield f"| {' | '.join(at(64, 'text', title, labels, '.3f'))} |"
+        yield f"| {' | '.join(at(64, 'text', title, RUNS.values(), '.3f'))} |"
 
 
 def babilong():
@@ -164,11 +167,10 @@ def sweep():
 
 def other_figures():
     """The rows of the table of the other figures."""
-    columns = ("base", "zero", "random_noise", "fitted_noise", "state_passing", "tbtt")
 
     def row(name, what, figure, title, x, form=".2f"):
         cells = []
-        for label in columns:
+        for label in RUNS.values():
             try:
                 values = curve(figure, title, label)[x]
                 cells.append(f"{values.mean():{form}} ({np.ptp(values):{form}})")
@@ -195,11 +197,9 @@ def other_figures():
 
 PARTS = (
     main_table,
-    main_table_of_gated_deltanet,
     architectures,
     interventions,
-    interventions_of_gated_deltanet,
-    words_about_gated_deltanet,
+    gated_deltanet,
     forgetting,
     budget,
     plain_text,
@@ -223,11 +223,11 @@ def test_the_intervention_and_the_layer_of_the_readme_train_in_a_copy(tmp_path):
     for title, section in (("LAYERS", "# ---- 3."), ("INTERVENTIONS", "def next_initial_state")):
         source = source.replace(section, f"{python_blocks()[title]}\n\n{section}", 1)
     (tmp_path / "lengthgen.py").write_text(source)
-    size = re.search(r'in TINY_MODELS: ("retention": .*)', python_blocks()["LAYERS"])[1]
+    size = re.search(r'in TINY_MODELS: ("headwise": .*)', python_blocks()["LAYERS"])[1]
     source = (tmp_path / "train.py").read_text()
     (tmp_path / "train.py").write_text(source.replace("TINY_MODELS = {", f"TINY_MODELS = {{ {size},", 1))
     (tmp_path / "text.txt").write_text("some words to learn from\n" * 400)
-    options = "--model retention --intervention halved --steps 2 --batch 2 --T 4 --data text.txt --device cpu"
+    options = "--model headwise --intervention halved --steps 2 --batch 2 --T 4 --data text.txt --device cpu"
     command = [sys.executable, "train.py", *options.split()]
     for text in ("halved: echo loss", "found, all 2 steps"):  # trained at first, then found again
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -238,16 +238,16 @@ def test_the_intervention_and_the_layer_of_the_readme_train_in_a_copy(tmp_path):
 def test_the_layer_of_the_readme_may_be_cut_anywhere(monkeypatch, tmp_path):
     namespace = dict(vars(lg), LAYERS={})
     exec(python_blocks()["LAYERS"], namespace)
-    monkeypatch.setitem(lg.LAYERS, "retention", namespace["LAYERS"]["retention"])
+    monkeypatch.setitem(lg.LAYERS, "headwise", namespace["LAYERS"]["headwise"])
     model = lg.LanguageModel(
-        lg.ModelConfig(layer="retention", vocab_size=11, d_model=8, n_layer=2, num_heads=2)
+        lg.ModelConfig(layer="headwise", vocab_size=11, d_model=8, n_layer=2, num_heads=2)
     )
     tokens = torch.randint(0, 11, (2, 20))
     whole, _ = model.double()(tokens)
     first, state = model(tokens[:, :7])
     second, _ = model(tokens[:, 7:], state)
     assert (torch.cat([first, second], 1) - whole).abs().max() < CUT
-    with pytest.raises(ValueError, match="no other library is known that has the layer retention"):
+    with pytest.raises(ValueError, match="no other library is known that has the layer headwise"):
         model.save_pretrained(str(tmp_path))
 
 
