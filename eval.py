@@ -102,31 +102,28 @@ def retention(model, corpus, T, task, B=256):
 def decay_minus(model, corpus, T, task):
     """The loss far beyond T when every log_a is made smaller by d, without training."""
     amounts = [0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]
-    changes = [lambda log_a, d=d: log_a - d for d in amounts]  # d=d: each function has a d of its own
-    values = changed_losses(model, corpus, T, task, changes)
-    return dict(xlabel="d: log_a minus d", ylabel="loss beyond 4 T (nats)", x=amounts, values=values)
+    return changed_losses(model, corpus, T, task, "d: log_a minus d", torch.sub, amounts)
 
 
 def decay_times(model, corpus, T, task):
     """The loss far beyond T when every log_a is multiplied by c, without training."""
     amounts = [1, 1.5, 2, 3, 5, 8, 12]
-    changes = [lambda log_a, c=c: log_a * c for c in amounts]
-    values = changed_losses(model, corpus, T, task, changes)
-    return dict(xlabel="c: log_a times c", ylabel="loss beyond 4 T (nats)", x=amounts, values=values)
+    return changed_losses(model, corpus, T, task, "c: log_a times c", torch.mul, amounts)
 
 
-def changed_losses(model, corpus, T, task, changes, B=32, windows=64):
-    """{part of the task: the loss from 4 T on with each change of log_a}."""
+def changed_losses(model, corpus, T, task, xlabel, change, amounts, B=32, windows=64):
+    """The loss of each part of the task from 4 T on, with change(log_a, amount) in place of log_a."""
     tokens, part = held_out_streams(task, corpus, T, B, windows)
     _, _, names, _ = lg.TASKS[task]
     bins = part.astype(int) - 1  # part 1, 2, ... into bin 0, 1, ...; -1 leaves a target out
     bins[:, : 4 * T] = -1
     losses = []
-    for change in changes:
-        with lg.changed_decay(change):
+    for amount in amounts:
+        with lg.changed_decay(lambda log_a, amount=amount: change(log_a, amount)):
             total, count = lg.streaming_loss(model, tokens, bins, lg.segment_for(B))
         losses.append(total / count)
-    return dict(zip(names, torch.stack(losses, 1).tolist(), strict=True))
+    values = dict(zip(names, torch.stack(losses, 1).tolist(), strict=True))
+    return dict(xlabel=xlabel, ylabel="loss beyond 4 T (nats)", x=amounts, values=values)
 
 
 def effrem(model, corpus, T, task, B=64):
@@ -163,12 +160,12 @@ def copy_accuracy(model, corpus, T, task, B=256, windows=4):
 def passkey_accuracy(model, corpus, T, task, B=32, lengths=(1, 2, 4, 8, 16, 32, 64, 128)):
     """The share of windows where greedy decoding gives the five digits, by depth of the key in the filler."""
     progress = train.Progress()
-    depths = (0.1, 0.5, 0.9)
-    values = {f"the key at depth {depth}": [] for depth in depths}
+    values = {}
     for i, length in enumerate(lengths):
-        for depth, shares in zip(depths, values.values(), strict=True):
+        for depth in (0.1, 0.5, 0.9):
             rows = lg.Rows(corpus, "val", B, continues=False, seed=0)
             tokens, part = lg.passkey(rows, T * length, depth)
+            shares = values.setdefault(f"the key at depth {depth}", [])
             shares.append(exact_match(model, tokens, part == 1))
         progress(sum(lengths[: i + 1]) / sum(lengths))
     return dict(xlabel="length (T)", ylabel="share of right keys", x=list(lengths), values=values)
