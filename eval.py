@@ -15,6 +15,7 @@ multiples of the training length T.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -190,63 +191,42 @@ def exact_match(model, tokens, asked):
     return float((~wrong.any(1)).double().mean())
 
 
-# Which runs a figure compares, as {label in the figure: run}. A run "T26/base" lies under {out}/T26.
+# The runs that a figure compares: a list of their names, or {label: names of runs} where a curve has another
+# label than its run, or is drawn from several. "T26/base" is the base under {out}/T26.
 # Interventions that are added to lengthgen.py are compared with the others on echo and on plain text.
 # train.STYLES has those that we ship.
 ADDED = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
-# in most of them a run is its own label
-PAIR = {run: run for run in ["base", "state_passing", *ADDED]}
-MAIN = {run: run for run in ["base", "zero", "tbtt", "state_passing", *ADDED]}
-ALL = {run: run for run in [*train.STYLES, *ADDED]}
-ALL_BUT_SCAN = {run: run for run in ALL if run != "state_passing-scan"}
+PAIR = ["base", "state_passing", *ADDED]
+CONTROLLED = ["base", "zero", "state_passing"]
+MAIN = ["base", "zero", "tbtt", "state_passing", *ADDED]
+ALL = [*train.STYLES, *ADDED]
+ALL_BUT_SCAN = [run for run in ALL if run != "state_passing-scan"]
 # nothing in passkey continues, so tbtt would be the very run of state_passing
-ON_PASSKEY = {run: run for run in ALL_BUT_SCAN if run != "tbtt"}
-WITH_CONTROL = {run: run for run in ["base", "zero", "state_passing"]}
-# {run on echo: the run on BABILong that starts from it}
-STARTS = {"base": "from-base/zero", "state_passing": "from-sp/zero", "tbtt": "from-tbtt/zero"}
-STEPS = {"200 steps": "steps200/base", "400 steps": "steps400/base", "1400 steps": "base"}
-# BUDGET[label] is {share of the base's 1400 steps: run}: one curve, drawn from several runs
-SHORT_STEPS = (14, 28, 70, 140)
+ON_PASSKEY = [run for run in ALL_BUT_SCAN if run != "tbtt"]
+# the runs on BABILong, by the run on echo that they start from
+STARTS = {"base": ["from-base/zero"], "state_passing": ["from-sp/zero"], "tbtt": ["from-tbtt/zero"]}
+STEPS = {"200 steps": ["steps200/base"], "400 steps": ["steps400/base"], "1400 steps": ["base"]}
+LENGTHS = {"T = 26": ["T26/base"], "T = 50": ["base"], "T = 98": ["T98/base"]}
+# each curve of "budget" is drawn from six runs, which have these shares of the base's 1400 steps
+SHARES = [0, 14 / 1400, 28 / 1400, 70 / 1400, 140 / 1400, 500 / 1400]
 BUDGET = {}
-for run in ALL_BUT_SCAN:
-    if run != "base":
-        shorter = {steps / 1400: f"steps{steps}/{run}" for steps in SHORT_STEPS}
-        BUDGET[run] = {0: "base", **shorter, 500 / 1400: run}
-LENGTHS = {"T = 26": "T26/base", "T = 50": "base", "T = 98": "T98/base"}
+for run in ALL_BUT_SCAN[1:]:  # without the base
+    BUDGET[run] = ["base", f"steps14/{run}", f"steps28/{run}", f"steps70/{run}", f"steps140/{run}", run]
+
 ARCHITECTURES = "architectures"  # the figure that draws all of TINY_MODELS, not only --model
-FIGURES = {  # name: (title, the entry of PLAN that trains the runs, [(measure, task of the runs, runs), ...])
-    "poswise": ("Loss by position far beyond T", "echo", [(far_loss, "echo", MAIN)]),
-    "interventions": (
-        "The interventions on the initial state",
-        "echo",
-        [(train.loss_by_position, "echo", ALL)],
-    ),
-    "budget": ("How little it takes: the loss at 64 T", "budget", [(train.loss_by_position, "echo", BUDGET)]),
-    "text": (
-        "Streams of pure text",
-        "mixed",
-        [(text_rise, "mixed", ALL_BUT_SCAN), (gap, "mixed", ALL_BUT_SCAN)],
-    ),
-    "state": ("The std of the state, divided by that at T", "echo", [(state_growth, "echo", PAIR)]),
-    "forgetting": (
-        "Why not simply forget faster?",
-        "echo",
-        [(retention, "echo", PAIR), (decay_minus, "echo", PAIR), (decay_times, "echo", PAIR)],
-    ),
-    "effrem": ("Effective remembrance at 4 T", "echo", [(effrem, "echo", MAIN)]),
-    "copying": ("Copying random letters", "copy", [(copy_accuracy, "copy", WITH_CONTROL)]),
-    "passkey": ("A passkey after fine-tuning", "passkey", [(passkey_accuracy, "passkey", ON_PASSKEY)]),
-    "babilong": ("BABILong after fine-tuning", "babilong", [(babilong_accuracy, "babilong", STARTS)]),
-    "sweep": (
-        "When does a base break?",
-        "sweep",
-        [(train.loss_by_position, "echo", STEPS), (train.loss_by_position, "echo", LENGTHS)],
-    ),
-    ARCHITECTURES: (
-        "Loss by position of every architecture",
-        ARCHITECTURES,
-        [(train.loss_by_position, "echo", WITH_CONTROL)],
-    ),
+FIGURES = {  # name: (title, task of the runs, groups of runs, measures); each measure of each group is drawn
+    "poswise": ("Loss by position far beyond T", "echo", [MAIN], [far_loss]),
+    "interventions": ("The interventions on the initial state", "echo", [ALL], [train.loss_by_position]),
+    "budget": ("How little it takes: the loss at 64 T", "echo", [BUDGET], [train.loss_by_position]),
+    "text": ("Streams of pure text", "mixed", [ALL_BUT_SCAN], [text_rise, gap]),
+    "state": ("The std of the state, divided by that at T", "echo", [PAIR], [state_growth]),
+    "forgetting": ("Why not simply forget faster?", "echo", [PAIR], [retention, decay_minus, decay_times]),
+    "effrem": ("Effective remembrance at 4 T", "echo", [MAIN], [effrem]),
+    "copying": ("Copying random letters", "copy", [CONTROLLED], [copy_accuracy]),
+    "passkey": ("A passkey after fine-tuning", "passkey", [ON_PASSKEY], [passkey_accuracy]),
+    "babilong": ("BABILong after fine-tuning", "babilong", [STARTS], [babilong_accuracy]),
+    "sweep": ("When does a base break?", "echo", [STEPS, LENGTHS], [train.loss_by_position]),
+    ARCHITECTURES: ("Loss by position of every architecture", "echo", [CONTROLLED], [train.loss_by_position]),
 }
 
 # ---- 2. Drawing the runs that are there ----
@@ -259,32 +239,31 @@ class MissingRuns(ValueError):
 def draw_figure(name, args, corpus, device):
     """Draw one figure of the runs under --out, print its numbers, and add them to results.json.
 
-    Raises MissingRuns if one of its architectures or comparisons has no run.
+    Raises MissingRuns if one of its architectures or groups has no run.
     """
-    title, _, comparisons = FIGURES[name]
+    title, task, groups, measures = FIGURES[name]
     options = f"{name} --out {shlex.quote(args.out)}"
     if name == ARCHITECTURES:
-        drawn, models = "all", list(train.TINY_MODELS)
+        drawn, models = "all", train.TINY_MODELS
     else:
         drawn, models = args.model, [args.model]
         options += f" --model {args.model}"
+        title += f"\n{args.model}, seeds: {args.seeds}"
+    options += f" --seeds {args.seeds}"
+
     panels = []
-    for model in models:
-        for measure, task, runs in comparisons:
-            found = measure_runs(model, measure, task, runs, args, corpus, device)
-            if not found:
-                command = f"python eval.py reproduce {options}"
-                raise MissingRuns(f"no finished run of {model} on {task}, make it with: {command}")
-            # with several models the title of a panel says how many seeds there are, else the legend
-            seeds = args.seeds
-            if len(models) > 1:
-                seeds = max(len(measurements) for measurements in found.values())
-            for panel in train.panels_of(found, seeds):
-                if len(models) > 1:
-                    panel["title"] = f"{model}: {panel['title']}, seeds: {seeds}"
-                panels.append(panel)
+    for model, measure, runs in itertools.product(models, measures, groups):
+        found = measure_runs(model, measure, task, runs, args, corpus, device)
+        if not found:
+            command = f"python eval.py reproduce {options}"
+            raise MissingRuns(f"no finished run of {model} on {task}, make it with: {command}")
+        for panel in train.panels_of(found, args.seeds):
+            if name == ARCHITECTURES:  # the architectures may have different numbers of seeds
+                panel["seeds"] = max(map(len, found.values()))
+                panel["title"] = f"{model}: {panel['title']}, seeds: {panel['seeds']}"
+            panels.append(panel)
     path = os.path.join(args.out, "figures", f"{drawn}-{name}.png")
-    train.draw(panels, path, f"{title}\n{drawn}, seeds: {args.seeds}")
+    train.draw(panels, path, title)
     print(f"\n{name}: {path}")
     train.print_table(panels)
 
@@ -294,35 +273,36 @@ def draw_figure(name, args, corpus, device):
     if file.exists():
         with lg.reading(file, "results of eval.py; remove the file to start anew"):
             results = json.loads(file.read_text())
-    command = f"python eval.py {options} --seeds {args.seeds}"
-    entry = dict(picture=path, command=command, versions=train.VERSIONS, panels=panels)
+    entry = dict(picture=path, command=f"python eval.py {options}", versions=train.VERSIONS, panels=panels)
     results.setdefault(drawn, {})[name] = entry
     lg.write_text(file, json.dumps(results, indent=1))
 
 
 def measure_runs(model, measure, task, runs, args, corpus, device):
-    """Measure what a figure compares, for one architecture: {label: one measurement per seed that is there}.
-
-    A run that is a dictionary {x: run} is a series of runs, which give one curve.
-    """
+    """Measure a group of runs, for one architecture: {label: one measurement per seed that is there}."""
     found = {}
-    for label, run in runs.items():
+    for label in runs:
+        names = runs[label] if isinstance(runs, dict) else [label]
         for seed in range(args.seeds):
-            if isinstance(run, dict):
-                folder_at = {x: folder_of(args.out, model, task, member, seed) for x, member in run.items()}
-                measurement = measure_series(folder_at, measure, corpus, device)
-            else:
-                folder = folder_of(args.out, model, task, run, seed)
-                measurement = measure_run(folder, measure, corpus, device)
-            if measurement:
-                found.setdefault(label, []).append(measurement)
+            measurements = []
+            for name in names:
+                parent, _, run = name.rpartition("/")
+                folder = train.run_folder(os.path.join(args.out, parent), model, task, run, seed)
+                measurements.append(measure_run(folder, measure, corpus, device))
+            if None not in measurements:
+                found.setdefault(label, []).append(one_curve(measurements))
     return found
 
 
-def folder_of(out, model, task, run, seed):
-    """The folder of a run; "T26/base" is the base under --out {out}/T26."""
-    parent, _, label = run.rpartition("/")
-    return train.run_folder(os.path.join(out, parent), model, task, label, seed)
+def one_curve(measurements):
+    """The measurement of a curve: that of its run, or the last values of several runs, for "budget"."""
+    first = measurements[0]
+    if len(measurements) == 1:
+        return first
+    values = {}
+    for title in first["values"]:
+        values[title] = [measurement["values"][title][-1] for measurement in measurements]
+    return dict(first, xlabel="steps / steps of pre-training", x=SHARES, values=values)
 
 
 def measure_run(folder, measure, corpus, device):
@@ -347,24 +327,8 @@ def measure_run(folder, measure, corpus, device):
     return train.load_or_measure(folder, measure, model, corpus, settings.T, settings.task)
 
 
-def measure_series(folder_at, measure, corpus, device):
-    """One curve from several runs, {x: folder}: at each x the last value of its run.
-
-    None unless all runs are there.
-    """
-    measurements = [measure_run(folder, measure, corpus, device) for folder in folder_at.values()]
-    if None in measurements:
-        return None
-    first = measurements[0]
-    values = {}
-    for title in first["values"]:
-        values[title] = [measurement["values"][title][-1] for measurement in measurements]
-    return dict(
-        xlabel="steps / steps of pre-training", ylabel=first["ylabel"], x=list(folder_at), values=values
-    )
-
-
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
+# The runs of a figure are those of PLAN[its name], or else of PLAN[its task].
 # command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. For example,
 # {echo}-base-s{seed} is the folder of a base on echo.
 
@@ -384,7 +348,7 @@ PLAN = {
         *("--task echo --intervention " + name for name in lg.INTERVENTIONS),
         *(  # {n} and {name} are filled in here, the rest by command_lines
             SHORT + f"steps{n} --steps {n} --intervention {name}"
-            for n in SHORT_STEPS
+            for n in (14, 28, 70, 140)
             for name in lg.INTERVENTIONS
         ),
     ],
@@ -417,8 +381,9 @@ def reproduce(figures, args):
     """Train what some figures need, one command line of train.py after the other."""
     lines = []
     for name in figures:
+        _, task, _, _ = FIGURES[name]
+        experiment = name if name in PLAN else task
         for seed in range(args.seeds):
-            _, experiment, _ = FIGURES[name]
             lines += command_lines(experiment, args, seed)
     lines = list(dict.fromkeys(lines))  # each once
     started = time.time()
@@ -601,8 +566,8 @@ def main(argv=None):
 
 
 # fill the cache of train.read_source before the file can change
-for _, _, comparisons in FIGURES.values():
-    for measure, _, _ in comparisons:
+for _, _, _, measures in FIGURES.values():
+    for measure in measures:
         train.sources(measure, modules=("kernels", "lengthgen", "train", measure.__module__))
 
 if __name__ == "__main__":

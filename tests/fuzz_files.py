@@ -30,7 +30,7 @@ def few_states(model, corpus, T, task):
     return ev.state_growth(model, corpus, T, task, B=2)
 
 
-ev.FIGURES["state"] = ("", "echo", [(few_states, "echo", ev.PAIR)])
+ev.FIGURES["state"] = ("", "echo", [ev.PAIR], [few_states])
 train.sources = lambda *parts, **modules: {}  # the source stays as it is, and takes most of the time
 
 

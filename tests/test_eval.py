@@ -313,7 +313,7 @@ TOY_SIZES = dict(B=2, lengths=(1, 2))
 
 
 def measures():
-    return {measure for _, _, blocks in ev.FIGURES.values() for measure, _, _ in blocks}
+    return {measure for *_, measures in ev.FIGURES.values() for measure in measures}
 
 
 def shrink(set_attribute, function, sizes):
@@ -399,9 +399,9 @@ def test_every_label_of_a_figure_is_trained_by_its_plan(reproduced):
     titles = [panel["title"] for panel in results["all"][ev.ARCHITECTURES]["panels"]]
     assert titles == [f"{model}: {part}, seeds: 1" for model in TOY_MODELS for part in ("text", "echo")]
     results = results["mamba2"] | results["all"]
-    for name, (_, _, measures) in ev.FIGURES.items():
+    for name, (_, _, groups, _) in ev.FIGURES.items():
         drawn = {label for panel in results[name]["panels"] for label in panel["curves"]}
-        wanted = {label for _, _, labels in measures for label in labels}
+        wanted = {label for labels in groups for label in labels}
         assert drawn == wanted, name
 
 

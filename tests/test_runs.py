@@ -243,7 +243,7 @@ def test_a_measurement_is_kept_and_made_again_after_an_edit_of_what_made_it(made
     train, ev = edited()
     run(train, tmp_path)
     assert "measuring" not in capsys.readouterr().out
-    ev.FIGURES["state"] = ("", "echo", [(train.loss_by_position, "echo", ev.PAIR)])
+    ev.FIGURES["state"] = ("", "echo", [ev.PAIR], [train.loss_by_position])
     draw(ev, tmp_path)  # eval.py reads what train.py has measured
     assert "measuring" not in capsys.readouterr().out
     train, _ = edited(("lengthgen", "ends = [end for end in ends if end < windows]", "ends = [1, 2]"))
