@@ -328,39 +328,33 @@ def measure_run(folder, measure, corpus, device):
 
 
 # ---- 3. The plan: command lines of train.py, which skips what is finished ----
-# The runs of a figure are those of PLAN[its name], or else of PLAN[its task].
-# command_lines fills in {out}, {model}, {seed} and {echo}, which is {out}/{model}-echo. For example,
-# {echo}-base-s{seed} is the folder of a base on echo.
+# The runs of a figure are those of PLAN[its name], or else of PLAN[its task]. command_lines fills in {out},
+# {seed}, each intervention for {name}, and {runs}, which is {out}/{model}. For example,
+# {runs}-echo-base-s{seed} is the folder of a base on echo.
 
-SHORT = "--init {echo}-base-s{seed} --out {out}/"  # the name of the folder follows
-# only 1000 steps, because a base that is trained for longer learns by itself to forget the previous string
-COPY_BASE = "--task copy --T 44 --steps 1000"
-COPY = "--init {out}/{model}-copy-base-s{seed} --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention "
-PASSKEY_BASE = "--task passkey --batch 32 --steps 2500"
-PASSKEY = "--init {out}/{model}-passkey-base-s{seed} --batch 32 --steps 800 --zero-prob 0 --intervention "
+SHORT = "--init {runs}-echo-base-s{seed} --intervention {name} --out {out}/"  # the folder's name follows
+COPY = "--init {runs}-copy-base-s{seed} --steps 1000 --lr 2e-3 --zero-prob 0.2 --intervention "
+PASSKEY = "--init {runs}-passkey-base-s{seed} --batch 32 --steps 800 --zero-prob 0 --intervention "
 BABILONG = "--task babilong --T 144 --batch 32 --steps 500 --lr 3e-3 --intervention zero "
 PLAN = {
-    "echo": [
-        *("--task echo --intervention " + name for name in lg.INTERVENTIONS),
-        "--task echo --intervention state_passing --carry scan",
-    ],
-    "budget": [
-        *("--task echo --intervention " + name for name in lg.INTERVENTIONS),
-        *(  # {n} and {name} are filled in here, the rest by command_lines
-            SHORT + f"steps{n} --steps {n} --intervention {name}"
-            for n in (14, 28, 70, 140)
-            for name in lg.INTERVENTIONS
-        ),
-    ],
-    "mixed": ["--task mixed --intervention " + name for name in lg.INTERVENTIONS],
-    "copy": [COPY_BASE, COPY + "zero", COPY + "state_passing"],
-    "passkey": [PASSKEY_BASE, *(PASSKEY + name for name in ON_PASSKEY if name != "base")],
+    "echo": ["--task echo --intervention {name}", "--task echo --intervention state_passing --carry scan"],
+    "mixed": ["--task mixed --intervention {name}"],
+    # only 1000 steps, because a base with more of them learns by itself to forget the previous string
+    "copy": ["--task copy --T 44 --steps 1000", COPY + "zero", COPY + "state_passing"],
+    "passkey": ["--task passkey --batch 32 --steps 2500", *(PASSKEY + run for run in ON_PASSKEY[1:])],
     "babilong": [
         "--task echo --intervention state_passing",
         "--task echo --intervention tbtt",
-        BABILONG + "--init {echo}-base-s{seed} --out {out}/from-base",
-        BABILONG + "--init {echo}-state_passing-s{seed} --out {out}/from-sp",
-        BABILONG + "--init {echo}-tbtt-s{seed} --out {out}/from-tbtt",
+        BABILONG + "--init {runs}-echo-base-s{seed} --out {out}/from-base",
+        BABILONG + "--init {runs}-echo-state_passing-s{seed} --out {out}/from-sp",
+        BABILONG + "--init {runs}-echo-tbtt-s{seed} --out {out}/from-tbtt",
+    ],
+    "budget": [
+        "--task echo --intervention {name}",
+        SHORT + "steps14 --steps 14",
+        SHORT + "steps28 --steps 28",
+        SHORT + "steps70 --steps 70",
+        SHORT + "steps140 --steps 140",
     ],
     "sweep": [  # in every run batch * T is about 3200 tokens
         "--task echo",
@@ -369,11 +363,7 @@ PLAN = {
         "--task echo --T 26 --batch 123 --out {out}/T26",
         "--task echo --T 98 --batch 33 --out {out}/T98",
     ],
-    ARCHITECTURES: [
-        f"--task echo --model {model} --intervention {name}"
-        for model in train.TINY_MODELS
-        for name in ("zero", "state_passing")
-    ],
+    ARCHITECTURES: ["--task echo --intervention zero", "--task echo --intervention state_passing"],
 }
 
 
@@ -383,8 +373,9 @@ def reproduce(figures, args):
     for name in figures:
         _, task, _, _ = FIGURES[name]
         experiment = name if name in PLAN else task
-        for seed in range(args.seeds):
-            lines += command_lines(experiment, args, seed)
+        models = train.TINY_MODELS if name == ARCHITECTURES else [args.model]
+        for seed, model in itertools.product(range(args.seeds), models):
+            lines += command_lines(experiment, model, seed, args)
     lines = list(dict.fromkeys(lines))  # each once
     started = time.time()
     for i, line in enumerate(lines, 1):
@@ -393,14 +384,12 @@ def reproduce(figures, args):
         train.main(shlex.split(line))
 
 
-def command_lines(experiment, args, seed):
-    """The command lines of an experiment with everything filled in."""
+def command_lines(experiment, model, seed, args):
+    """The command lines of an experiment with everything filled in; some are there several times."""
     out = shlex.quote(args.out)
     lines = []
-    for line in PLAN[experiment]:
-        line = line.format(out=out, model=args.model, seed=seed, echo=f"{out}/{args.model}-echo")
-        if "--init" not in line and "--model" not in line:  # a checkpoint of --init brings its own model
-            line += f" --model {args.model}"
+    for template, name in itertools.product(PLAN[experiment], lg.INTERVENTIONS):
+        line = template.format(out=out, runs=f"{out}/{model}", seed=seed, name=name) + f" --model {model}"
         if "--out" not in line:
             line += f" --out {out}"
         if args.device:

@@ -474,12 +474,11 @@ def test_a_figure_is_drawn_from_the_runs_that_are_there(toys, tmp_path, capsys):
 
 def test_a_plan_is_command_lines_that_train_py_understands(toys):
     for experiment in ev.PLAN:
-        asked = argparse.Namespace(out="a folder", model="gla", device=None)
-        for line in ev.command_lines(experiment, asked, 3):
+        asked = argparse.Namespace(out="a folder", device=None)
+        for line in ev.command_lines(experiment, "gla", 3, asked):
             args = train.parse_arguments(shlex.split(line))
             assert (args.seed, args.out.startswith("a folder")) == (3, True)
-            asks_for = [*train.TINY_MODELS] if experiment == ev.ARCHITECTURES else ["gla"]
-            assert args.model in asks_for or args.init.startswith("a folder/gla-")
+            assert args.model == "gla" and (args.init is None or args.init.startswith("a folder/gla-"))
 
 
 CHILD = """
