@@ -401,43 +401,46 @@ def command_lines(experiment, model, seed, args):
 # ---- 4. One checkpoint, given by --init ----
 
 
-def measure_given(args, model, settings, tokenizer):
+def measure_given(args, model):
     """How far one checkpoint, ours or another library's, holds: loss by position, or accuracy by length."""
-    what = args.what[0]
-    T = args.T or settings["T"]
-    corpus = lg.load_corpus(args.data, tokenizer, model.config.vocab_size)
+    corpus = lg.load_corpus(args.data, args.tokenizer, model.config.vocab_size)
     train.check_vocabulary(model, corpus, args.init)
+    what = args.what[0]
+    windows = args.windows or 64
+    sizes = dict(B=args.rows) if args.rows else {}
+    if what == "poswise":
+        task, measure = args.task, train.loss_by_position
+        sizes["windows"] = windows
+    else:
+        task, measure = what, {"passkey": passkey_accuracy, "babilong": babilong_accuracy}[what]
+        sizes["lengths"] = [2**i for i in range(windows.bit_length())]  # 1, 2, 4, ... up to windows
+    measurement = measure(model, corpus, args.T, task, **sizes)
+
+    # the table, the verdict on losses, the picture, and the numbers
     name = os.path.basename(os.path.abspath(args.init))
     path = os.path.join(args.out, f"{what}-{name}")
+    panels = train.panels_of({name: [measurement]})
+    train.print_table(panels)
     if what == "poswise":
-        task = args.task or settings["task"]
-        measurement = train.loss_by_position(model, corpus, T, task, args.rows, args.windows)
-        train.report({name: measurement}, f"{path}.png", f"{args.init} on {task}, T = {T} tokens")
-    else:
-        measure = {"passkey": passkey_accuracy, "babilong": babilong_accuracy}[what]
-        sizes = dict(lengths=[2**i for i in range(args.windows.bit_length())])  # 1, 2, 4, ... up to windows
-        if args.rows:
-            sizes["B"] = args.rows
-        measurement = measure(model, corpus, T, what, **sizes)
-        panels = train.panels_of({name: [measurement]})
-        train.print_table(panels)
-        train.draw(panels, f"{path}.png", f"{args.init} on {what}, T = {T} tokens")
-        print(f"picture: {path}.png")
-    lg.write_text(f"{path}.json", json.dumps(dict(measurement, T=T, command=shlex.join(sys.argv)), indent=1))
+        train.print_verdict(panels)
+    train.draw(panels, f"{path}.png", f"{args.init} on {task}, T = {args.T} tokens")
+    print(f"picture: {path}.png")
+    numbers = dict(measurement, T=args.T, command=shlex.join(sys.argv))
+    lg.write_text(f"{path}.json", json.dumps(numbers, indent=1))
 
 
-def given_babilong(args, model, settings, tokenizer):
+def given_babilong(args, model):
     """Accuracy of one checkpoint on published files, with qa1 to qa5 in their names, else on our own stories.
 
     --data: the published files, or the background of our stories
     --prompt: a file of solved examples that comes before each published text (few shot)
     """
     if not any(re.search(r"qa\d", os.path.basename(file)) for file in args.data or []):
-        return measure_given(args, model, settings, tokenizer)
+        return measure_given(args, model)
     examples = ""
     if args.prompt is not None:
-        with lg.reading(args.prompt, "text"), open(args.prompt, encoding="utf-8") as f:
-            examples = f.read()
+        with lg.reading(args.prompt, "text"):
+            examples = Path(args.prompt).read_text("utf-8")
     accuracy = {}
     for file in args.data:
         qa = re.search(r"qa([1-5])(?!\d)", os.path.basename(file))
@@ -447,8 +450,8 @@ def given_babilong(args, model, settings, tokenizer):
         entries = lg.read_babilong(file, args.rows or 64)
         for text, question, answer in entries:
             # the space before the answer is a token of its own in bytes, else part of the answer's first one
-            prompt = f"{examples}{text} " if tokenizer == "bytes" else examples + text
-            output = continuation(args, model, tokenizer, prompt, 16, 0.0)
+            prompt = f"{examples}{text} " if args.tokenizer == "bytes" else examples + text
+            output = continuation(args, model, prompt, 16, 0.0)
             right += lg.babilong_score(output, answer, question, int(qa[1]))
         accuracy[file] = right / len(entries)
         print(f"{file}: {accuracy[file]:.3f} of {len(entries)}", flush=True)
@@ -457,16 +460,16 @@ def given_babilong(args, model, settings, tokenizer):
     print(f"numbers: {path}")
 
 
-def sample(args, model, settings, tokenizer):
+def sample(args, model):
     """Print what a checkpoint writes after a prompt."""
     torch.manual_seed(args.seed)
     prompt = "import os\n" if args.prompt is None else args.prompt
-    print(prompt + continuation(args, model, tokenizer, prompt, args.tokens, args.temperature))
+    print(prompt + continuation(args, model, prompt, args.tokens, args.temperature))
 
 
-def continuation(args, model, tokenizer, prompt, n, temperature):
+def continuation(args, model, prompt, n, temperature):
     """The text of the next n tokens after a prompt, without special tokens."""
-    corpus = lg.Corpus("no text", None, None, **lg.load_tokenizer(tokenizer)._asdict())
+    corpus = lg.Corpus("no text", None, None, **lg.load_tokenizer(args.tokenizer)._asdict())
     train.check_vocabulary(model, corpus, args.init)
     tokens = np.array([[corpus.bos, *corpus.encode(prompt)]], dtype=np.int64)
     output = [int(token) for token in lg.generate(model, tokens, n, temperature)]
@@ -482,13 +485,9 @@ def parse_arguments(argv):
     p = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="*", help=f"reproduce, sample, or some of {', '.join(FIGURES)} (all)")
     p.add_argument("--out", default="runs", help="folder of the runs")
-    p.add_argument(
-        "--model", default="mamba2", choices=train.TINY_MODELS, help="architecture of the runs (mamba2)"
-    )
+    p.add_argument("--model", default="mamba2", choices=train.TINY_MODELS, help="architecture (mamba2)")
     p.add_argument("--seeds", type=train.positive_type, default=1, help="how many: 3 stands for 0, 1 and 2")
-    p.add_argument(
-        "--device", choices=["cuda", "mps", "cpu"], help="where to compute (a GPU if there is one)"
-    )
+    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (a GPU if there is)")
     p.add_argument("--init", metavar="RUN", help="poswise, passkey, babilong, sample: this checkpoint")
     p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (the task of its run)")
     p.add_argument("--T", type=train.positive_type, help="with --init: its training length (that of its run)")
@@ -498,9 +497,7 @@ def parse_arguments(argv):
     p.add_argument("--rows", type=train.positive_type, help="with --init: how many streams, texts or stories")
     p.add_argument("--prompt", help="sample: what comes first; babilong: a file of solved examples")
     p.add_argument("--tokens", type=train.positive_type, default=400, help="sample: how many to write")
-    p.add_argument(
-        "--temperature", type=train.not_negative_type, default=0.8, help="sample: 0 takes the likeliest"
-    )
+    p.add_argument("--temperature", type=train.not_negative_type, default=0.8, help="sample: 0 is greedy")
     p.add_argument("--seed", type=train.seed_type, default=0, help="sample: random seed")
     args = p.parse_args(argv)
     for name in args.what:
@@ -516,7 +513,6 @@ def parse_arguments(argv):
     for name, takers in (("task", ["poswise"]), ("prompt", ["babilong", "sample"])):
         if getattr(args, name) is not None and args.what[0] not in takers:
             raise ValueError(f"--{name} goes with {' or '.join(takers)}, got {args.what[0]!r}")
-    args.windows = args.windows or 64  # only here, so that the check above sees whether it was given
     return args
 
 
@@ -532,10 +528,11 @@ def main(argv=None):
         model = lg.model_from_checkpoint(checkpoint).to(device).eval()
         train.tell_scan(model)
         settings = checkpoint["settings"]
-        tokenizer = args.tokenizer
-        if tokenizer is None:
-            tokenizer = settings["tokenizer"] or "bytes"
-        GIVEN[args.what[0]](args, model, settings, tokenizer)
+        args.task = args.task or settings["task"]
+        args.T = args.T or settings["T"]
+        if args.tokenizer is None:
+            args.tokenizer = settings["tokenizer"] or "bytes"
+        GIVEN[args.what[0]](args, model)
         return
 
     # figures of the runs under --out
