@@ -110,39 +110,26 @@ def parse_arguments(argv):
     p.add_argument("--task", choices=lg.TASKS, help="what to train on (echo, or the task of --init)")
     p.add_argument("--data", nargs="+", metavar="PATH", help="text, .jsonl or .bin (the standard library)")
     p.add_argument("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json (bytes, or as --init)")
-    p.add_argument(
-        "--T", type=positive_type, help="training length in tokens (that of the task, or of --init)"
-    )
+    p.add_argument("--T", type=positive_type, help="training length in tokens (of the task, or of --init)")
     p.add_argument("--init", metavar="NAME", help="start from this run, or a checkpoint on disk or the hub")
-    p.add_argument(
-        "--steps", type=positive_type, help="optimizer steps (base 1400, base of mixed 1840, cure 500)"
-    )
-    p.add_argument(
-        "--lr", type=rate_type, help="peak (base 3e-3, base of mixed 5e-3, cure 1e-3; large: by size)"
-    )
-    p.add_argument(
-        "--batch", type=positive_type, help="rows of a micro-batch on each rank (64; large model 8)"
-    )
-    p.add_argument(
-        "--accumulate", type=positive_type, help="micro-batches of a step (1; large model: for 0.5M tokens)"
-    )
+    p.add_argument("--steps", type=positive_type, help="optimizer steps (base 1400, of mixed 1840; cure 500)")
+    p.add_argument("--lr", type=rate_type, help="peak (base 3e-3, of mixed 5e-3; cure 1e-3; large: by size)")
+    p.add_argument("--batch", type=positive_type, help="rows of a micro-batch on each rank (64; large: 8)")
+    p.add_argument("--accumulate", type=positive_type, help="micro-batches of a step (1; large: 0.5M tokens)")
     p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
-    p.add_argument("--zero-prob", type=share_type, help="share of rows from zeros (0.5; large model 0.1)")
+    p.add_argument("--zero-prob", type=share_type, help="share of rows from zeros (0.5; large: 0.1)")
     p.add_argument("--noise-std", type=not_negative_type, help="standard deviation of random_noise (1)")
     p.add_argument("--seed", type=seed_type, default=0, help="of weights, text and noise")
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
-    p.add_argument(
-        "--device", choices=["cuda", "mps", "cpu"], help="where to compute (a GPU if there is one)"
-    )
+    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (GPU if there is one)")
     args = p.parse_args(argv)
 
     # refuse options that would have no effect
-    if args.init is not None and not args.intervention:
-        raise ValueError("--init needs an --intervention to go on with: zero for training as usual")
-    for option in ("carry", "zero_prob", "noise_std"):
+    for option in ("init", "carry", "zero_prob", "noise_std"):
         if not args.intervention and getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} needs an --intervention, the base has none")
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} needs an --intervention to go on with: zero for training as usual")
     return args
 
 
