@@ -227,7 +227,7 @@ class Carried:
             self.rows.append(lg.Rows(corpus, "train", settings.batch, rows_continue, seed + 10**6 * slot))
             self.states.append(model.zero_state(settings.batch))
         self.stats = lg.StateStatistics()
-        self.noise_rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed + 10**9)
+        self.rng = torch.Generator(model.lm_head.weight.device).manual_seed(seed + 10**9)  # of interventions
 
     def state_dict(self):
         """All of it as plain dictionaries, lists, tuples and tensors on the CPU."""
@@ -235,7 +235,7 @@ class Carried:
         states = [to_plain(state) for state in self.states]
         mean, mean_square = to_plain(self.stats.mean), to_plain(self.stats.mean_square)
         stats = dict(count=self.stats.count, mean=mean, mean_square=mean_square)
-        return dict(rows=rows, states=states, stats=stats, noise_rng=self.noise_rng.get_state())
+        return dict(rows=rows, states=states, stats=stats, noise_rng=self.rng.get_state())
 
     def load_state_dict(self, saved, device):
         for rows, saved_rows in zip(self.rows, saved["rows"], strict=True):
@@ -245,7 +245,7 @@ class Carried:
         self.stats.count = saved["stats"]["count"]
         self.stats.mean = from_plain(saved["stats"]["mean"], device)
         self.stats.mean_square = from_plain(saved["stats"]["mean_square"], device)
-        self.noise_rng.set_state(saved["noise_rng"])
+        self.rng.set_state(saved["noise_rng"])
 
 
 def to_plain(state):
@@ -287,10 +287,9 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
         print_rank0(f"{folder}: goes on after step {steps_done}, where the same run was stopped")
     saved_step = steps_done
     metrics_file = Path(folder, "metrics.jsonl")
-    if RANK == 0:
+    if RANK == 0:  # each step has a line; those of steps after the checkpoint go
         metrics_file.touch()
-        lines = metrics_file.read_text(errors="replace").splitlines(keepends=True)  # one for each step
-        # without the lines of steps after the checkpoint
+        lines = metrics_file.read_text(errors="replace").splitlines(keepends=True)
         lg.write_text(metrics_file, "".join(lines[:steps_done]))
     started = time.time()
 
@@ -313,12 +312,7 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
 
             # the intervention: the state from which the next micro-batch of this slot starts
             carried.states[slot] = lg.next_initial_state(
-                intervention,
-                final_state,
-                carried.stats,
-                carried.noise_rng,
-                settings.zero_prob,
-                settings.carry,
+                intervention, final_state, carried.stats, carried.rng, settings.zero_prob, settings.carry
             )
 
         # one optimizer step, with the mean of the gradients of all ranks
@@ -400,11 +394,9 @@ def catch_signals():
 
 def save_run(folder, run, model, optimizer, carried, step, seconds):
     """Write everything that a run of one or several ranks needs to go on."""
-    this_rank = carried.state_dict()
-    all_ranks = [this_rank]
-    if dist.is_initialized():
-        all_ranks = [None] * RANKS
-        dist.all_gather_object(all_ranks, this_rank)
+    all_ranks = [carried.state_dict()] * RANKS
+    if dist.is_initialized():  # put what every rank carries into its own place
+        dist.all_gather_object(all_ranks, all_ranks[RANK])
     checkpoint = dict(run, step=step, seconds=seconds, carried=all_ranks, versions=VERSIONS)
     checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict())
     if RANK == 0:
