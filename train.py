@@ -353,24 +353,21 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
             sys.exit(128 + max(signals, default=signal.SIGTERM))
 
 
-@contextlib.contextmanager
 def alone_in(folder):
-    """Wait until no other process trains in the folder, and keep others out."""
+    """Wait until no other process trains in the folder. Returns a context that keeps others out."""
     # the first rank waits for other programs, the other ranks for the first one
-    lock = FileLock(os.path.join(folder, "lock"))
     os.makedirs(folder, exist_ok=True)
+    alone = contextlib.nullcontext()
     if RANK == 0:
+        lock = FileLock(os.path.join(folder, "lock"))
         try:
-            lock.acquire(timeout=0)
+            alone = lock.acquire(timeout=0)
         except Timeout:
             print(f"{folder}: another process trains here, waiting until it has finished", flush=True)
-            lock.acquire()
+            alone = lock.acquire()
     if dist.is_initialized():
         dist.barrier()
-    try:
-        yield
-    finally:
-        lock.release()
+    return alone
 
 
 @contextlib.contextmanager
