@@ -485,8 +485,7 @@ def sources(*roots, modules=("kernels", "lengthgen")):
             item = item.func
         if item.__qualname__ in found:
             continue
-        crc, names = read_source(item)
-        found[item.__qualname__] = crc
+        found[item.__qualname__], names = read_source(item)
 
         # what the names in it stand for: functions and classes, which are read in turn, and constants
         namespace = vars(sys.modules[item.__module__])
@@ -512,16 +511,11 @@ def read_source(item):
     Cached, because the file may be edited while this process still runs the old code.
     """
     source = inspect.getsource(item)
-    try:
-        tree = ast.parse(textwrap.dedent(source))
-    except SyntaxError:  # of a lambda, whose source is a piece of a statement
-        tree = ast.parse("")
     names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            names.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            names.add(f"{node.value.id}.{node.attr}")
+    with contextlib.suppress(SyntaxError):  # of a lambda, whose source is a piece of a statement
+        for node in ast.walk(ast.parse(textwrap.dedent(source))):
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                names.add(ast.unparse(node))
     return zlib.crc32(source.encode()), sorted(names)
 
 
