@@ -570,14 +570,13 @@ class Progress:
     """
 
     def __init__(self):
-        self.started = time.time()
-        self.printed = None  # when it printed last
+        self.started = self.printed = time.time()  # printed: when it printed last
 
     def __call__(self, done):
         now = time.time()
         left = (now - self.started) * (1 - done) / done
-        is_time = now - (self.printed or self.started) > 10
-        if is_time or (self.printed is None and left > 60):
+        is_first = self.printed == self.started
+        if now - self.printed > 10 or (is_first and left > 60):
             self.printed = now
             print(f"  {done:4.0%}  {clock(left)} left", flush=True)
 
@@ -611,11 +610,10 @@ def panels_of(found, seeds=1):
     panels = {}  # by title
     for label, measurements in found.items():
         first = measurements[0]
-        axes = dict(xlabel=first["xlabel"], ylabel=first["ylabel"])
         for title in first["values"]:
             values = [measurement["values"][title] for measurement in measurements]
-            panel = panels.setdefault(title, dict(title=title, **axes, seeds=seeds, curves={}))
-            panel["curves"][label] = (first["x"], values)
+            empty = dict(title=title, xlabel=first["xlabel"], ylabel=first["ylabel"], seeds=seeds, curves={})
+            panels.setdefault(title, empty)["curves"][label] = (first["x"], values)
     return list(panels.values())
 
 
@@ -654,17 +652,16 @@ def print_verdict(panels):
             loss = np.mean(values, 0)
             in_T = x.index(1)  # the range of positions that ends at T
             beyond = [value for value in loss[in_T + 1 :] if not math.isnan(value)]
-            if not beyond or math.isnan(loss[in_T]):
+            worst = max(beyond, default=math.nan) - loss[in_T]
+            if math.isnan(worst):
                 continue
-            inside = loss[in_T]
-            worst = max(beyond) - inside
             if worst < 0.1:
                 verdict = f"holds to {x[-1]:g} T"
             elif worst < 0.5:
                 verdict = "gets worse past T"
             else:
                 verdict = "breaks past T"
-            losses = f"{panel['title']} loss {inside:.2f} in T, at worst {worst:+.2f} beyond"
+            losses = f"{panel['title']} loss {loss[in_T]:.2f} in T, at worst {worst:+.2f} beyond"
             print(f"{name_of(label, panel)}: {losses}: {verdict}")
 
 
@@ -689,8 +686,7 @@ def draw(panels, path, title):
             colour = colours.setdefault(label, colour or f"C{len(colours)}")
             line = axis.plot(x, np.mean(values, 0), style, color=colour, marker=".")[0]
             lines[name_of(label, panel)] = line
-            lowest, highest = np.min(values, 0), np.max(values, 0)
-            axis.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(x, np.min(values, 0), np.max(values, 0), color=colour, alpha=0.2, linewidth=0)
 
         # where the label says that places are multiples of T: a logarithmic axis, with a dotted line at T
         if "(T)" in panel["xlabel"]:
@@ -710,8 +706,7 @@ def draw(panels, path, title):
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    # white, which reads on light and dark pages alike
-    lg.write_atomically(path, functools.partial(figure.savefig, dpi=150, format="png", facecolor="white"))
+    lg.write_atomically(path, functools.partial(figure.savefig, dpi=150, format="png"))
 
 
 def report(found, path, title):
