@@ -728,27 +728,23 @@ def run_folder(out, model, task, label, seed):
 
 def fill_in(args, init):
     """Fill in model, task, T and tokenizer if the command line does not. init: a checkpoint, or None"""
+    known = {}
     if init:
-        layer = init["config"]["layer"]
+        layer, known = init["config"]["layer"], init["settings"]
         if args.model not in (None, layer):
             raise ValueError(f"{args.init} is a {layer}, no {args.model}: leave --model out")
-        args.model = init["settings"]["model"]  # from here on only names folders; it may be any name
-        args.task = args.task or init["settings"]["task"]
-        args.T = args.T or init["settings"]["T"]
-        if args.tokenizer is None:
-            args.tokenizer = init["settings"]["tokenizer"]
+        args.model = known["model"]  # from here on this only names folders; it may be any name
     args.model = args.model or "mamba2"
-    args.task = args.task or "echo"
-    args.T = args.T or lg.TASKS[args.task][1]
+    args.task = args.task or known.get("task", "echo")
+    args.T = args.T or known.get("T", lg.TASKS[args.task][1])
     if args.tokenizer is None:
-        args.tokenizer = "bytes"
+        args.tokenizer = known.get("tokenizer") or "bytes"
 
 
 def settings_of(args, corpus, recipe, options):
     """The settings of a run: the defaults, the recipe, and what the command line says of some options."""
-    settings = argparse.Namespace(
-        **DEFAULTS, **RECIPES[recipe], ranks=RANKS, init=args.init, data=corpus.name
-    )
+    origin = dict(ranks=RANKS, init=args.init, data=corpus.name)
+    settings = argparse.Namespace(**DEFAULTS, **RECIPES[recipe], **origin)
     for option in (*SHARED, *options):
         if getattr(args, option) is not None:
             setattr(settings, option, getattr(args, option))
@@ -788,12 +784,10 @@ def main(argv=None):
         check_vocabulary(model, corpus, args.init)
         print_rank0(f"base: {args.init}")
         tell_scan(model)
-        # the base's measurement is kept in the folder of the base if that is a run on this text, task and T,
-        # else in the folder of the cure
-        measured_in = os.path.join(folder, "init")
+        # its losses are kept in its folder if that is a run on this task, T and text, else in the cure's
         trained_on = (init["settings"]["task"], init["settings"]["T"], init.get("made_from", {}).get("text"))
-        if os.path.isdir(args.init) and trained_on == (args.task, args.T, corpus.checksum):
-            measured_in = args.init
+        is_its_own = trained_on == (args.task, args.T, corpus.checksum) and os.path.isdir(args.init)
+        measured_in = args.init if is_its_own else os.path.join(folder, "init")
         losses = load_or_measure(measured_in, loss_by_position, model, corpus, args.T, args.task)
     else:
         torch.manual_seed(args.seed)
@@ -820,9 +814,8 @@ def main(argv=None):
             settings.lr = args.lr or next(lr for up_to, lr in LARGE_LR.items() if size <= up_to)
             tokens = settings.batch * args.T * RANKS  # of a step without accumulation
             settings.accumulate = args.accumulate or math.ceil(LARGE_TOKENS / tokens)
-        print_rank0(
-            f"post-training: {', '.join(f'{name} {value}' for name, value in vars(settings).items())}"
-        )
+        listed = ", ".join(f"{name} {value}" for name, value in vars(settings).items())
+        print_rank0(f"post-training: {listed}")
         found[label] = train_and_measure(args, settings, model, corpus, folder, device)
 
     # the table, a verdict, the picture, and what to try next
