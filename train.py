@@ -98,9 +98,6 @@ share_type = between(float, 0, 1)
 rate_type = between(float, 1e-30, 1e38)  # in the range of float32
 not_negative_type = between(float, 0, 1e6)
 
-SHARED = ("model", "task", "T", "tokenizer", "seed")  # settings that a base and its cures have in common
-OWN = ("intervention", "carry", "zero_prob", "noise_std", "steps", "lr", "batch", "accumulate")  # the others
-
 
 def parse_arguments(argv):
     """The arguments. The help has the defaults of bases, cures and large models in brackets."""
@@ -741,14 +738,14 @@ def fill_in(args, init):
         args.tokenizer = known.get("tokenizer") or "bytes"
 
 
-def settings_of(args, corpus, recipe, options):
-    """The settings of a run: the defaults, the recipe, and what the command line says of some options."""
-    origin = dict(ranks=RANKS, init=args.init, data=corpus.name)
-    settings = argparse.Namespace(**DEFAULTS, **RECIPES[recipe], **origin)
-    for option in (*SHARED, *options):
-        if getattr(args, option) is not None:
-            setattr(settings, option, getattr(args, option))
-    return settings
+def settings_of(args, corpus, recipe, asked):
+    """The settings of a run: the defaults and a recipe, or instead what `asked` has, {option: value}."""
+    settings = DEFAULTS | RECIPES[recipe]
+    for name in settings:
+        if asked.get(name) is not None:
+            settings[name] = asked[name]
+    shared = dict(model=args.model, task=args.task, T=args.T, tokenizer=args.tokenizer, seed=args.seed)
+    return argparse.Namespace(**settings, ranks=RANKS, init=args.init, data=corpus.name, **shared)
 
 
 def check_vocabulary(model, corpus, name):
@@ -798,8 +795,8 @@ def main(argv=None):
         tell_scan(model)
         recipe = "base of mixed" if args.task == "mixed" else "base"
         # if there is an --intervention, then --steps, --lr and the like belong to the cure
-        options = () if args.intervention else OWN
-        settings = settings_of(args, corpus, recipe, options)
+        asked = {} if args.intervention else vars(args)
+        settings = settings_of(args, corpus, recipe, asked)
         losses = train_and_measure(args, settings, model, corpus, base_folder, device)
     found = {"base": losses}
 
@@ -807,7 +804,7 @@ def main(argv=None):
     if args.intervention:
         size = sum(weight.numel() for weight in model.parameters())
         recipe = "cure of a large model" if size > LARGE else "cure"
-        settings = settings_of(args, corpus, recipe, OWN)
+        settings = settings_of(args, corpus, recipe, vars(args))
         if size > LARGE:
             model.config.recompute = True
             print_rank0("memory: each layer is computed again in the backward pass, or it would not fit")
