@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
 import sys
 import textwrap
@@ -815,16 +814,11 @@ def main(argv=None):
         print_rank0(f"post-training: {listed}")
         found[label] = train_and_measure(args, settings, model, corpus, folder, device)
 
-    # the table, a verdict, the picture, and what to try next
+    # the table, a verdict and the picture
     if RANK == 0:
         title = f"{args.model} on {args.task}, trained on T = {args.T} tokens"
         report(found, os.path.join(folder, "position_wise.png"), title)
         print(f"{clock(time.time() - started)} minutes in all")
-        if not args.intervention:
-            print("next: the same command with --intervention state_passing")
-        elif args.init is None and args.task == "echo" and not args.data:
-            options = f"--model {args.model} --out {shlex.quote(args.out)}"
-            print(f"next, all interventions: python eval.py reproduce interventions {options}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
