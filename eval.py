@@ -385,16 +385,19 @@ def reproduce(figures, args):
 
 
 def command_lines(experiment, model, seed, args):
-    """The command lines of an experiment with everything filled in; some are there several times."""
+    """The command lines of an experiment, with everything filled in."""
     out = shlex.quote(args.out)
     lines = []
-    for template, name in itertools.product(PLAN[experiment], lg.INTERVENTIONS):
-        line = template.format(out=out, runs=f"{out}/{model}", seed=seed, name=name) + f" --model {model}"
-        if "--out" not in line:
-            line += f" --out {out}"
-        if args.device:
-            line += f" --device {args.device}"
-        lines.append(f"{line} --seed {seed}")
+    for template in PLAN[experiment]:
+        names = lg.INTERVENTIONS if "{name}" in template else [None]
+        for name in names:
+            line = template.format(out=out, runs=f"{out}/{model}", seed=seed, name=name)
+            line += f" --model {model} --seed {seed}"
+            if "--out" not in line:
+                line += f" --out {out}"
+            if args.device:
+                line += f" --device {args.device}"
+            lines.append(line)
     return lines
 
 

@@ -258,7 +258,7 @@ class GLA(Layer):
         return self.o_proj(y), LayerState(None, scan_state)
 
     def log_decay(self, x):
-        """The log_a (B, T, H, K) of inputs x (B, T, D), in float32 even where autocast computes in bfloat16."""
+        """The log_a (B, T, H, K) of x (B, T, D), in float32 even where autocast computes in bfloat16."""
         gate = self.gk_proj(x).unflatten(-1, (self.H, self.K))
         gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return F.logsigmoid(gate) / 16

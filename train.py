@@ -145,7 +145,7 @@ print_once = functools.cache(print_rank0)  # a second call with the same message
 
 
 def choose_device(wanted):
-    """The torch.device of --device, or the best there is, printed with the reason. Connects the ranks."""
+    """The torch.device of --device, or the best there is; prints which one and why."""
     device = torch.device(wanted or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if device.type == "cuda":  # several ranks have a GPU each
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -155,8 +155,11 @@ def choose_device(wanted):
         raise ValueError(f"device {device} cannot be used here: {error}".splitlines()[0]) from None
     reason = "asked for" if wanted else "the best there is"
     print_rank0(f"device: {device}, {reason}, {torch.get_num_threads()} CPU threads, {RANKS} ranks")
+    return device
 
-    # connect to the other processes if torchrun has started this one
+
+def join_ranks(device):
+    """Connect to the other processes if torchrun has started this one."""
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "gloo"
         if device.type == "cuda":  # gloo gathers checkpoints on the CPU, nccl averages gradients on the GPU
@@ -164,7 +167,6 @@ def choose_device(wanted):
             backend = "cpu:gloo,cuda:nccl"
         # the other ranks wait while the first one measures, or waits for another program
         dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    return device
 
 
 def tell_scan(model):
@@ -768,6 +770,7 @@ def main(argv=None):
     counts = f"{len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out"
     print_rank0(f"corpus: {corpus.name}, {counts}")
     device = choose_device(args.device)
+    join_ranks(device)
 
     label = args.intervention or "base"
     if args.carry == "scan":
