@@ -42,11 +42,11 @@ except ImportError:  # Triton exists for Linux only; everything but triton_scan 
 MIN_LOG_A = -30.0  # e^-30 is about 1e-13, below the precision of float32: the old state no longer counts
 
 
-def check_and_clamp(q, k, v, log_a, state, beta=None):
-    """Assert that the shapes fit. Returns log_a, clamped at MIN_LOG_A, and B, T, G, H, K, V.
+def prepare(q, k, v, log_a, state, beta=None):
+    """Assert that the shapes fit. Returns log_a, the initial state, and B, T, G, H, K, V.
 
-    Without the clamp one very negative log_a would swamp the rest in the sums of chunked_scan, and
-    -inf - -inf is NaN.
+    Both are in the dtype of all sums, float32 or float64, and log_a is clamped at MIN_LOG_A. Without the
+    clamp one very negative log_a would swamp the rest in the sums of chunked_scan, and -inf - -inf is NaN.
     """
     B, T, G, K = q.shape
     H, V = v.shape[2:]
@@ -56,7 +56,9 @@ def check_and_clamp(q, k, v, log_a, state, beta=None):
     assert state is None or state.shape == (B, H, K, V), f"{shapes}, state {tuple(state.shape)}"
     assert beta is None or beta.shape == (B, T, H), f"{shapes}, beta {tuple(beta.shape)}"
     assert q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
-    return log_a.clamp(min=MIN_LOG_A), B, T, G, H, K, V
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
+    return log_a.clamp(min=MIN_LOG_A).to(dtype), S, B, T, G, H, K, V
 
 
 # ---- 2. The definition ----
@@ -64,18 +66,16 @@ def check_and_clamp(q, k, v, log_a, state, beta=None):
 
 def recurrent_scan(q, k, v, log_a, state=None, beta=None):
     """The recurrence, one step at a time: the oracle of the tests. Shapes as at the top of this file."""
-    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state, beta)
-    # sums in float32, or in float64 if v is; every head gets the q and k of its group
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
-    q = q.to(dtype).repeat_interleave(H // G, dim=2)  # (B, T, H, K)
-    k = k.to(dtype).repeat_interleave(H // G, dim=2)
-    a = log_a.to(dtype).exp().reshape(B, T, H, -1, 1)  # (B, T, H, 1 or K, 1)
-    betas = [None] * T if beta is None else beta.to(dtype).unbind(1)
+    log_a, S, B, T, G, H, _, _ = prepare(q, k, v, log_a, state, beta)
+    # every head gets the q and k of its group
+    q = q.to(S.dtype).repeat_interleave(H // G, dim=2)  # (B, T, H, K)
+    k = k.to(S.dtype).repeat_interleave(H // G, dim=2)
+    a = log_a.exp().reshape(B, T, H, -1, 1)  # (B, T, H, 1 or K, 1)
+    betas = [None] * T if beta is None else beta.to(S.dtype).unbind(1)
 
     # the recurrence; unbind, because the backward of q[:, t] would fill a tensor as large as q at every step
     o = []
-    steps = zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), a.unbind(1), betas, strict=True)
+    steps = zip(q.unbind(1), k.unbind(1), v.to(S.dtype).unbind(1), a.unbind(1), betas, strict=True)
     for q_t, k_t, v_t, a_t, beta_t in steps:
         S = a_t * S  # (B, H, K, V)
         if beta_t is not None:  # the delta rule: v_t becomes w_t
@@ -110,10 +110,8 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
     turns the rows beta_t v_t into from_v, and the rows beta_t e^(b_t) k_t into from_k, in all chunks at once
     and without S. Once S is known, the rows of from_v - from_k S are the w_t (Yang et al., NeurIPS 2024).
     """
-    log_a, B, T, G, H, K, V = check_and_clamp(q, k, v, log_a, state, beta)
-    out_dtype = v.dtype
-    dtype = torch.promote_types(out_dtype, torch.float32)
-    S = v.new_zeros(B, H, K, V, dtype=dtype) if state is None else state.to(dtype)
+    log_a, S, B, T, G, H, K, V = prepare(q, k, v, log_a, state, beta)
+    out_dtype, dtype = v.dtype, S.dtype
 
     # The heads of a group share the matmuls of its q and k, unless every head needs a q and k of its own: one
     # decay per key channel multiplies them, and with beta each head has a triangular matrix of its own
@@ -338,7 +336,7 @@ def triton_scan(q, k, v, log_a, state=None, tile=None, beta=None):
     On a CPU the kernel runs only in Triton's interpreter.
     """
     assert beta is None, "the kernel does not know the delta rule: use chunked_scan"
-    log_a, B, T, _, H, K, V = check_and_clamp(q, k, v, log_a, state)
+    log_a, state, B, T, _, H, K, V = prepare(q, k, v, log_a, state)
     assert triton is not None, "triton_scan needs the triton package: use chunked_scan"
     assert q.dtype in KERNEL_DTYPES and K <= MAX_K, f"q is {q.dtype}, K {K}: use chunked_scan"
     assert not INTERPRETED or q.dtype != torch.bfloat16, "Triton's interpreter multiplies bfloat16 wrongly"
@@ -350,8 +348,7 @@ def triton_scan(q, k, v, log_a, state=None, tile=None, beta=None):
     V_padded = max(16, triton.next_power_of_2(triton.cdiv(V, parts)))
     q, k = pad_last(q, K_padded), pad_last(k, K_padded)
     v = pad_last(v, parts * V_padded).reshape(B, T, H * parts, V_padded)
-    log_a = pad_last(log_a.float(), K_padded) if per_channel else log_a.float()[..., None]
-    state = q.new_zeros(B, H, K, V, dtype=torch.float32) if state is None else state.float()
+    log_a = pad_last(log_a, K_padded) if per_channel else log_a[..., None]
     state = F.pad(state, (0, parts * V_padded - V, 0, K_padded - K))
     state = (
         state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)
