@@ -124,13 +124,11 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
     J = H // G  # heads of a group
     v = v.unflatten(2, (G, J))  # (B, T, G, J, V)
     S = S.unflatten(1, (G, J)).transpose(2, 3)  # (B, G, K, J, V), to be read by one matmul for J heads
-    if not per_channel:
-        log_a = log_a.unflatten(2, (G, J))  # (B, T, G, J), else (B, T, G, K)
+    log_a = log_a.reshape(B, T, G, -1)  # (B, T, G, J or K)
 
     # 1. Cut T into n chunks of equal length L. Steps of zeros in front fill up the first chunk: k = 0 writes
     #    nothing and log_a = 0 forgets nothing
-    n = math.ceil(T / chunk)
-    L = math.ceil(T / n)
+    L = math.ceil(T / math.ceil(T / chunk))
     if per_channel:
         L = 1 << (L - 1).bit_length()  # the next power of two, for decayed_scores
     n = math.ceil(T / L)
@@ -145,8 +143,6 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
 
     q, k = cut(q), cut(k)  # (B, n, G, L, K)
     v, log_a = cut(v), cut(log_a)  # (B, n, G, L, J, V), (B, n, G, L, J or K)
-    if beta is not None:
-        beta = cut(beta[..., None])  # (B, n, G, L, 1)
     b = log_a.cumsum(3)
     # b_L - b_s; F.pad adds the 0 at s = L as a constant, because gradients of b_L - b_L cancel only up to
     # rounding
@@ -159,19 +155,19 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
         q_in = q * b.exp()
         k_out = k * b_to_end.exp()
         v_out = v
-        state_decay = b[..., -1, :].exp()[..., None, None]  # (B, n, G, 1 or K, 1, 1)
     else:  # v and, in step 5, the output take the decays, because the heads share q and k
         b_by_head = b.transpose(3, 4)[..., None]  # (B, n, G, J, L, 1)
         scores = decayed_scores(q[:, :, :, None], k[:, :, :, None], b_by_head)  # (B, n, G, J, L, L)
         q_in = q
         k_out = k
         v_out = v * b_to_end.exp()[..., None]
-        state_decay = b[..., -1, :].exp()[..., None, :, None]  # (B, n, G, 1, J, 1)
+    state_decay = b[..., -1, :].exp().reshape(B, n, G, -1, J, 1)  # (B, n, G, 1 or K, J, 1)
 
     # 3. The delta rule: solve for from_v and from_k of w = from_v - from_k S. J is 1. unitriangular takes 1
     #    for the diagonal, so beta_t k_t . k_t, which stands there, is not read
     from_k = [None] * n  # one for each chunk
     if beta is not None:
+        beta = cut(beta[..., None])  # (B, n, G, L, 1)
         system = beta * decayed_scores(k, k, b)  # (B, n, G, L, L)
         right = beta * torch.cat([v.squeeze(4), k * b.exp()], -1)  # (B, n, G, L, V + K)
         solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
