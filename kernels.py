@@ -293,22 +293,19 @@ class TritonScan(torch.autograd.Function):
         q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
         decay_of, decay_of_transposed = ("head", "head") if b.shape[3] == 1 else ("key", "value")
-        # with x, launch also returns x * output without s = t; in role dq its final state leaves out step T
-        dq, before_T, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_transposed, x=q)
+        # with x, launch also returns x * output without s = t
+        dq, _, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_transposed, x=q)
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_transposed, reverse=True, x=k)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
 
-        # a_t scales all pairs that are written before t and read at t or later; R_T reads, too. So take every
-        # pair that is read at t or later, and subtract those that are also written at t or later:
-        #     d log a_t = sum_{u >= t} q_u * dq_u + sum(S_T * R_T) - sum_{s >= t} k_s * dk_s
-        # Two terms stand on both sides of the minus: (1) a step reads what it writes itself, (2) R_T reads
-        # what step T writes. They would cancel but for rounding. So the kernel leaves (1) out of q_dq and
-        # k_dk, and (2) out of before_T; at step T only (2) is left in k_dk, so it becomes 0
-        k_dk[:, -1] = 0
-        final_term = (before_T * dfinal.mT).sum(2)[:, None]  # sum(S_T * R_T), (B, 1, H, K)
+        # a_t multiplies S_{t-1}, so d log a_t is S_{t-1} * R_{t-1}, summed over V. For t = 1 both factors are
+        # known, and from one step to the next the sum changes by two products, k_dk and q_dq:
+        #     sum(S_t * R_t) = sum(S_{t-1} * R_{t-1}) + k_t * (R_t v_t) - q_t * (diag(a_t) S_{t-1} dO_t)
+        # What step t itself writes and reads is in neither: it would cancel, but only up to rounding
+        initial = (state * dstate).sum(3)[:, None]  # (B, 1, H, K)
         if decay_of == "head":
-            final_term = final_term.sum(-1, keepdim=True)
-        dlog_a = (q_dq - k_dk).flip(1).cumsum(1).flip(1) + final_term  # the sum over all steps from t on
+            initial = initial.sum(-1, keepdim=True)
+        dlog_a = torch.cat([initial, (k_dk - q_dq)[:, :-1]], 1).cumsum(1)
         return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate, None
 
 
@@ -523,9 +520,7 @@ if triton is not None:
             p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + col_v[None, :]
             tl.store(o + p_o, y.to(in_dtype), mask=real)
 
-            # The state decays and takes in k v^T. Role dq leaves out step T, as TritonScan.backward says
-            if x is not None and not REVERSE:
-                k_c = tl.where(t0 + t[:, None] < T - 1, k_c, 0.0)
+            # The state decays and takes in k v^T
             if DECAY_OF == "key":
                 S *= tl.trans(tl.exp2(b_L))
                 k_c = (k_c * d_out).to(in_dtype)

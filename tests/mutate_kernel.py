@@ -76,26 +76,29 @@ BUGS = {  # name: (text, what the bug makes of it)
     "wrong group for k": ("i_h // (H // HK)", "i_h % HK"),
     "wrong group for log_a": ("i_h // (H // HB)", "i_h % HB"),
     "wrong group for x in d log a": ("i_h // (H // HX)", "i_h % HX"),
-    "d log a: sum forward in time": ("(q_dq - k_dk).flip(1).cumsum(1).flip(1)", "(q_dq - k_dk).cumsum(1)"),
-    "d log a: sum without the step itself": (
-        "(q_dq - k_dk).flip(1).cumsum(1).flip(1)",
-        "((q_dq - k_dk).flip(1).cumsum(1).flip(1) - (q_dq - k_dk))",
+    "d log a: sum backward in time": ("[:, :-1]], 1).cumsum(1)", "[:, :-1]], 1).flip(1).cumsum(1).flip(1)"),
+    "d log a: sum with the step itself": (
+        "torch.cat([initial, (k_dk - q_dq)[:, :-1]], 1).cumsum(1)",
+        "initial + (k_dk - q_dq).cumsum(1)",
     ),
-    "d log a: k added instead of taken away": ("(q_dq - k_dk)", "(q_dq + k_dk)"),
-    "d log a: the final state left out": (".flip(1) + final_term", ".flip(1) + 0 * final_term"),
-    "d log a: what step T writes and R_T reads stays in k * dk": ("k_dk[:, -1] = 0", "k_dk[:, -1] *= 1"),
-    "d log a: what step T writes and R_T reads stays in the state": (
-        "tl.where(t0 + t[:, None] < T - 1, k_c, 0.0)",
-        "tl.where(t0 + t[:, None] < T, k_c, 0.0)",
+    "d log a: q added instead of taken away": ("(k_dk - q_dq)", "(k_dk + q_dq)"),
+    "d log a: the initial state left out": ("torch.cat([initial, ", "torch.cat([0 * initial, "),
+    "d log a: what step T writes and R_T reads taken away": (
+        "torch.cat([initial, ",
+        "torch.cat([initial - k_dk[:, -1:], ",
     ),
-    "d log a: one step too many left out of the state": (
-        "t[:, None] < T - 1, k_c",
-        "t[:, None] < T - 2, k_c",
+    "d log a: what step T writes and R_T reads added": (
+        "torch.cat([initial, ",
+        "torch.cat([initial + k_dk[:, -1:], ",
+    ),
+    "d log a: what the first step writes and reads left out": (
+        "(k_dk - q_dq)[:, :-1]]",
+        "((torch.arange(q.shape[1], device=q.device) > 0)[:, None, None] * (k_dk - q_dq))[:, :-1]]",
     ),
     "d log a: partial sums of the blocks not added": ("x_o = x_o.sum(3, keepdim=True)", "x_o = x_o[..., :1]"),
-    "d log a: sum of the final state over a wrong axis": (
-        "(before_T * dfinal.mT).sum(2)[:, None]",
-        "(before_T * dfinal.mT).sum(3)[:, None, :, : b.shape[3]].expand(-1, -1, -1, b.shape[3])",
+    "d log a: sum of the initial state over a wrong axis": (
+        "(state * dstate).sum(3)[:, None]",
+        "(state * dstate).sum(2)[:, None, :, : b.shape[3]].expand(-1, -1, -1, b.shape[3])",
     ),
     "heads that share a tensor: first one only": (
         "(x.shape[2], -1)).sum(3, dtype=torch.float32).to(x.dtype)",
