@@ -303,8 +303,8 @@ class TritonScan(torch.autograd.Function):
         #     sum(S_t * R_t) = sum(S_{t-1} * R_{t-1}) + k_t * (R_t v_t) - q_t * (diag(a_t) S_{t-1} dO_t)
         # What step t itself writes and reads is in neither: it would cancel, but only up to rounding
         initial = (state * dstate).sum(3)[:, None]  # (B, 1, H, K)
-        if decay_of == "head":
-            initial = initial.sum(-1, keepdim=True)
+        if decay_of == "head":  # one log_a for all K
+            initial, q_dq, k_dk = (x.sum(3, keepdim=True) for x in (initial, q_dq, k_dk))
         dlog_a = torch.cat([initial, (k_dk - q_dq)[:, :-1]], 1).cumsum(1)
         return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate, None
 
@@ -384,7 +384,7 @@ def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     """Run one role of the table in TritonScan; K and V are those of the role, swapped in dq and dk.
 
     x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * (o less its
-    term s = t), summed over V if there is one decay per head.
+    term s = t): (B, T, H, V), or with one decay per head the sum over each block of columns.
     """
     T = v.shape[1]
     B, H, K, V = state.shape
@@ -392,20 +392,14 @@ def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     block = min(block, V)
     o = v.new_empty(B, T, H, V)
     final = state.new_empty(B, H, K, V)
-    x_o = None
-    if x is not None:  # with one decay per head every program writes the sum over its columns
-        x_o = b.new_empty(B, T, H, V // block if decay_of == "head" else V)
-    # HQ, HK, HV, HB, HX: heads of q, k, v, b and x (unused without x); N: columns of b
+    x_o = None if x is None else b.new_empty(B, T, H, V // block if decay_of == "head" else V)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         scan_kernel[(B * H * (V // block),)](
             q, k, v, b, state, o, final, x, x_o, T, *state.stride(),
-            H=H, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], HB=b.shape[2],
-            HX=1 if x is None else x.shape[2], K=K, V=V, N=b.shape[3], L=chunk, BLOCK=block,
-            LEVELS=int(math.log2(chunk)), REVERSE=reverse, DECAY_OF=decay_of,
+            H=H, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], HB=b.shape[2], K=K, V=V, N=b.shape[3],
+            L=chunk, BLOCK=block, LEVELS=int(math.log2(chunk)), REVERSE=reverse, DECAY_OF=decay_of,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    if x is not None and decay_of == "head":
-        x_o = x_o.sum(3, keepdim=True)
     return o, final, x_o
 
 
@@ -416,21 +410,18 @@ if triton is not None:
     def scan_kernel(
         q, k, v, b, state, o, final, x, x_o, T, state_b, state_h, state_k, state_v,
         H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr,
-        HX: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
-        BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY_OF: tl.constexpr,
+        K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+        LEVELS: tl.constexpr, REVERSE: tl.constexpr, DECAY_OF: tl.constexpr,
     ):  # fmt: skip
         """One role of the table in TritonScan; q, k, v and o mean what they mean in that role.
 
-        There are H heads of the state; q has HQ heads, k has HK, v has HV, b has HB and x has HX. b has N
+        There are H heads of the state; q has HQ heads, k has HK, v and x have HV, and b has HB. b has N
         columns: 1, K or V. A chunk has L = 2^LEVELS steps. A program owns BLOCK columns of the state of one
         head. It walks through the chunks and keeps its piece of the state in registers. No two programs write
-        to the same place, so every run gives the same bits. In a chunk, S is the state that enters, and a
-        step is earlier if this role comes to it first:
+        to the same place, so every run gives the same bits. A chunk follows the two lines of chunked_scan,
+        where s is t or earlier, that is, this role comes to it first. The decays are in base 2:
 
-            o_t = sum_{s = t or earlier} d(s, t) (q_t . k_s) v_s + d_in(t) S^T q_t
-            S'  = 2^(b_L) S + sum_s d_out(s) k_s v_s^T
-
-                      d(s, t)          d_in(t)          d_out(s)
+                      from s to t      of S: d_in       of k_s v_s^T: d_out
             forward   2^(b_t - b_s)    2^(b_t)          2^(b_L - b_s)
             reverse   2^(b_s - b_t)    2^(b_L - b_t)    2^(b_s)
 
@@ -474,51 +465,57 @@ if triton is not None:
             d_in = tl.exp2(b_L - b_c if REVERSE else b_c)
             d_out = tl.exp2(b_c if REVERSE else b_L - b_c)
 
-            # y (L, BLOCK): what q reads from the state that enters and from the steps s before t
-            if DECAY_OF == "head":
-                gap = tl.trans(b_c) - b_c if REVERSE else b_c - tl.trans(b_c)  # (L, L), because N is 1
-                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
-                qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
-                gap = tl.where(earlier, gap, float("-inf"))  # before exp2, because 2^(+large) * 0 is NaN
-                scores *= tl.exp2(gap)
-                y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
-                y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
-            elif DECAY_OF == "key":
-                # as in decayed_scores: to_mid is the decay between a step and the midpoint of its piece, and
-                # `across` says which s and t are in different halves
+            # y (L, BLOCK): what q reads from the state that enters; scores (L, L): q_t . k_s without decay. A
+            # decay per key channel belongs inside q_t . k_s, so there the levels below add up the scores
+            if DECAY_OF == "key":
                 scores = tl.zeros((L, L), tl.float32)
                 qk_same = tl.sum(q_c.to(tl.float32) * k_c, 1, keep_dims=True)
-                for level in tl.static_range(LEVELS):
-                    to_mid, across = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
-                    q_mid = (q_c * to_mid).to(in_dtype)
-                    k_mid = (k_c * to_mid).to(in_dtype)
-                    level_scores = tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee")
-                    scores += tl.where(across, level_scores, 0.0)
                 y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
-                y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
             else:
-                # a decay per column: v_s decays to the midpoint, and the sum over s decays from there to t
                 scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
                 qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
                 y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
+
+            # Add to y what q reads from the earlier steps s
+            if DECAY_OF == "head":
+                gap = tl.trans(b_c) - b_c if REVERSE else b_c - tl.trans(b_c)  # (L, L), because N is 1
+                gap = tl.where(earlier, gap, float("-inf"))  # before exp2, because 2^(+large) * 0 is NaN
+                scores *= tl.exp2(gap)
+            else:
+                # pieces of 2 * half steps, as in decayed_scores: to_mid (L, N) is the decay between a step
+                # and the midpoint of its piece; `across`: are s and t in different halves of one piece?
                 for level in tl.static_range(LEVELS):
-                    to_mid, across = halves(b, t, t0, n_real, b_c, HB * N, 1 << level, earlier)
-                    level_scores = tl.where(across, scores, 0.0).to(in_dtype)
-                    v_mid = (v_c * to_mid).to(in_dtype)
-                    y += tl.dot(level_scores, v_mid, input_precision="ieee") * to_mid
+                    half = 1 << level
+                    piece = t // (2 * half)
+                    second = t % (2 * half) >= half
+                    mid = tl.minimum(piece * (2 * half) + half - 1, n_real - 1)  # past the end b repeats
+                    b_mid = tl.load(b + t0 * (HB * N) + mid[:, None] * (HB * N))
+                    to_mid = tl.exp2(tl.where(second[:, None], b_c - b_mid, b_mid - b_c))
+                    same_piece = piece[:, None] == piece[None, :]
+                    across = earlier & same_piece & (second[:, None] != second[None, :])
+                    if DECAY_OF == "key":
+                        q_mid = (q_c * to_mid).to(in_dtype)
+                        k_mid = (k_c * to_mid).to(in_dtype)
+                        level_scores = tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee")
+                        scores += tl.where(across, level_scores, 0.0)
+                    else:  # v_s decays to the midpoint, and the sum over s decays from there to t
+                        level_scores = tl.where(across, scores, 0.0).to(in_dtype)
+                        v_mid = (v_c * to_mid).to(in_dtype)
+                        y += tl.dot(level_scores, v_mid, input_precision="ieee") * to_mid
+            if DECAY_OF != "value":
+                y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
 
             # Store x * y for d log a. Then add the step's own (q_t . k_t) v_t, and store the output
+            row = (i_b * T + t0) * H + i_h + t[:, None] * H  # in o and x_o
             if x is not None:
-                p_x = ((i_b * T + t0) * HX + i_h // (H // HX)) * V + t[:, None] * (HX * V) + col_v[None, :]
+                p_x = ((i_b * T + t0) * HV + i_h // (H // HV)) * V + t[:, None] * (HV * V) + col_v[None, :]
                 x_y = y * tl.load(x + p_x, mask=real, other=0.0)
-                row = (i_b * T + t0) * H + i_h + t[:, None] * H
                 if DECAY_OF == "head":
                     tl.store(x_o + row * BLOCKS + i_block, tl.sum(x_y, 1, keep_dims=True), mask=real)
                 else:
                     tl.store(x_o + row * V + col_v[None, :], x_y, mask=real)
             y += qk_same * v_c
-            p_o = ((i_b * T + t0) * H + i_h) * V + t[:, None] * (H * V) + col_v[None, :]
-            tl.store(o + p_o, y.to(in_dtype), mask=real)
+            tl.store(o + row * V + col_v[None, :], y.to(in_dtype), mask=real)
 
             # The state decays and takes in k v^T
             if DECAY_OF == "key":
@@ -530,17 +527,6 @@ if triton is not None:
             S = tl.dot(tl.trans(k_c), v_c, S, input_precision="ieee")
 
         tl.store(final + ((i_b * H + i_h) * K + col_k[:, None]) * V + col_v[None, :], S)
-
-    @triton.jit
-    def halves(b, t, t0, n_real, b_c, stride, half, earlier):
-        """For the pieces of 2 * half steps of decayed_scores: the decay (L, N) between each step and its
-        midpoint, and a mask (L, L) of the s, t in different halves of one piece."""
-        piece = t // (2 * half)
-        second = t % (2 * half) >= half
-        mid = tl.minimum(piece * (2 * half) + half - 1, n_real - 1)  # past the end b is that of the last step
-        b_mid = tl.load(b + t0 * stride + mid[:, None] * stride)
-        to_mid = tl.exp2(tl.where(second[:, None], b_c - b_mid, b_mid - b_c))
-        return to_mid, earlier & (piece[:, None] == piece[None, :]) & (second[:, None] != second[None, :])
 
     # Triton was imported with TRITON_INTERPRET set, so the kernel runs on a CPU, slowly
     INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)

@@ -42,12 +42,12 @@ BUGS = {  # name: (text, what the bug makes of it)
     "e instead of 2 as the base": ("scores *= tl.exp2(", "scores *= tl.exp("),
     "entering state not decayed, key rows": ("tl.dot((q_c * d_in).to(in_dtype)", "tl.dot(q_c.to(in_dtype)"),
     "entering state not decayed, one decay per head": (
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in\n                y = tl.dot(scores',
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee")\n                y = tl.dot(scores',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * (1.0 if DECAY_OF == "head" else d_in)',
     ),
     "entering state not decayed, value columns": (
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in\n                for level',
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee")\n                for level',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * (d_in if DECAY_OF == "head" else 1.0)',
     ),
     "entering state not read, key rows": (
         'y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")',
@@ -66,8 +66,8 @@ BUGS = {  # name: (text, what the bug makes of it)
         "tl.where(~second[:, None], b_c - b_mid",
     ),
     "topmost level missing": ("int(math.log2(chunk))", "int(math.log2(chunk)) - 1"),
-    "levels overlap": ("(piece[:, None] == piece[None, :])", "(piece[:, None] // 2 == piece[None, :] // 2)"),
-    "levels read both ways": ("return to_mid, earlier & ", "return to_mid, "),
+    "levels overlap": ("piece[:, None] == piece[None, :]", "piece[:, None] // 2 == piece[None, :] // 2"),
+    "levels read both ways": ("across = earlier & ", "across = "),
     "last decay of a ragged chunk taken too early": (
         "b_L = tl.load(b + (t0 + n_real - 1)",
         "b_L = tl.load(b + (t0 + tl.maximum(n_real - 2, 0))",
@@ -75,7 +75,7 @@ BUGS = {  # name: (text, what the bug makes of it)
     "wrong group for q": ("i_h // (H // HQ)", "i_h % HQ"),
     "wrong group for k": ("i_h // (H // HK)", "i_h % HK"),
     "wrong group for log_a": ("i_h // (H // HB)", "i_h % HB"),
-    "wrong group for x in d log a": ("i_h // (H // HX)", "i_h % HX"),
+    "wrong group for x in d log a": ("t0) * HV + i_h // (H // HV)", "t0) * HV + i_h % HV"),
     "d log a: sum backward in time": ("[:, :-1]], 1).cumsum(1)", "[:, :-1]], 1).flip(1).cumsum(1).flip(1)"),
     "d log a: sum with the step itself": (
         "torch.cat([initial, (k_dk - q_dq)[:, :-1]], 1).cumsum(1)",
@@ -95,7 +95,10 @@ BUGS = {  # name: (text, what the bug makes of it)
         "(k_dk - q_dq)[:, :-1]]",
         "((torch.arange(q.shape[1], device=q.device) > 0)[:, None, None] * (k_dk - q_dq))[:, :-1]]",
     ),
-    "d log a: partial sums of the blocks not added": ("x_o = x_o.sum(3, keepdim=True)", "x_o = x_o[..., :1]"),
+    "d log a: partial sums of the blocks not added": (
+        "(x.sum(3, keepdim=True) for x in (initial, q_dq, k_dk))",
+        "(initial.sum(3, keepdim=True), q_dq[..., :1], k_dk[..., :1])",
+    ),
     "d log a: sum of the initial state over a wrong axis": (
         "(state * dstate).sum(3)[:, None]",
         "(state * dstate).sum(2)[:, None, :, : b.shape[3]].expand(-1, -1, -1, b.shape[3])",
