@@ -342,10 +342,8 @@ def triton_scan(q, k, v, log_a, state=None, tile=None, beta=None):
     q, k = pad_last(q, K_padded), pad_last(k, K_padded)
     v = pad_last(v, parts * V_padded).reshape(B, T, H * parts, V_padded)
     log_a = pad_last(log_a, K_padded) if per_channel else log_a[..., None]
-    state = F.pad(state, (0, parts * V_padded - V, 0, K_padded - K))
-    state = (
-        state.unflatten(3, (parts, V_padded)).transpose(2, 3).flatten(1, 2)
-    )  # (B, H * parts, K_padded, V_padded)
+    state = F.pad(state, (0, parts * V_padded - V, 0, K_padded - K)).unflatten(3, (parts, V_padded))
+    state = state.transpose(2, 3).flatten(1, 2)  # (B, H * parts, K_padded, V_padded)
 
     # run it, and undo the padding
     tile = tile or choose_tile(q, v, per_channel)
