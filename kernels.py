@@ -251,8 +251,7 @@ def decayed_scores(q, k, b):
 
 
 class TritonScan(torch.autograd.Function):
-    """The scan and its gradients, for inputs padded by triton_scan; log_a is (B, T, H, 1 or K), tile is the
-    (chunk, block, warps, stages) of choose_tile.
+    """The scan and its gradients, for inputs that triton_scan has padded; log_a is (B, T, H, 1 or K).
 
     Let dO_t be the gradient that arrives at o_t, dS_t the whole gradient of S_t, and R_t its part from later
     steps; R_T arrives at the final state. Differentiating the recurrence gives
@@ -277,12 +276,11 @@ class TritonScan(torch.autograd.Function):
     def forward(ctx, q, k, v, log_a, state, tile):
         # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x. Pad
         # T to whole chunks, sum within each chunk, and cut the padding off
-        chunk = tile[0]
-        B, T, H, N = log_a.shape  # N is 1 or K
-        b = torch.cat([log_a * math.log2(math.e), log_a.new_zeros(B, (-T) % chunk, H, N)], 1)
+        T, chunk = log_a.shape[1], tile[0]
+        b = F.pad(log_a * math.log2(math.e), (0, 0, 0, 0, 0, -T % chunk))
         b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        o, final, _ = launch(q, k, v, b, state, tile, "head" if N == 1 else "key")
+        o, final, _ = launch(q, k, v, b, state, tile)
         ctx.save_for_backward(q, k, v, b, state)
         ctx.tile = tile
         return o, final
@@ -292,18 +290,17 @@ class TritonScan(torch.autograd.Function):
     def backward(ctx, do, dfinal):
         q, k, v, b, state = ctx.saved_tensors
         do = do.contiguous()
-        decay_of, decay_of_transposed = ("head", "head") if b.shape[3] == 1 else ("key", "value")
         # with x, launch also returns x * output without s = t
-        dq, _, q_dq = launch(do, v, k, b, state.mT, ctx.tile, decay_of_transposed, x=q)
-        dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, decay_of_transposed, reverse=True, x=k)
-        dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, decay_of, reverse=True)
+        dq, _, q_dq = launch(do, v, k, b, state.mT, ctx.tile, x=q)
+        dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, x=k, reverse=True)
+        dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, reverse=True)
 
         # a_t multiplies S_{t-1}, so d log a_t is S_{t-1} * R_{t-1}, summed over V. For t = 1 both factors are
         # known, and from one step to the next the sum changes by two products, k_dk and q_dq:
         #     sum(S_t * R_t) = sum(S_{t-1} * R_{t-1}) + k_t * (R_t v_t) - q_t * (diag(a_t) S_{t-1} dO_t)
         # What step t itself writes and reads is in neither: it would cancel, but only up to rounding
         initial = (state * dstate).sum(3)[:, None]  # (B, 1, H, K)
-        if decay_of == "head":  # one log_a for all K
+        if b.shape[3] == 1:  # one log_a for all K
             initial, q_dq, k_dk = (x.sum(3, keepdim=True) for x in (initial, q_dq, k_dk))
         dlog_a = torch.cat([initial, (k_dk - q_dq)[:, :-1]], 1).cumsum(1)
         return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate, None
@@ -378,7 +375,7 @@ def choose_tile(q, v, per_channel):
     return chunk, block, warps, stages
 
 
-def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
+def launch(q, k, v, b, state, tile, x=None, reverse=False):
     """Run one role of the table in TritonScan; K and V are those of the role, swapped in dq and dk.
 
     x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * (o less its
@@ -388,6 +385,8 @@ def launch(q, k, v, b, state, tile, decay_of, reverse=False, x=None):
     B, H, K, V = state.shape
     chunk, block, warps, stages = tile
     block = min(block, V)
+    decay_per_channel = "key" if x is None else "value"  # dq and dk have an x, and a transposed state
+    decay_of = "head" if b.shape[3] == 1 else decay_per_channel
     o = v.new_empty(B, T, H, V)
     final = state.new_empty(B, H, K, V)
     x_o = None if x is None else b.new_empty(B, T, H, V // block if decay_of == "head" else V)

@@ -109,11 +109,8 @@ BUGS = {  # name: (text, what the bug makes of it)
     ),
     "dq ignores the initial state": ("b, state.mT, ctx.tile", "b, 0 * state.mT, ctx.tile"),
     "dk ignores the gradient of the final state": ("b, dfinal.mT, ctx.tile", "b, 0 * dfinal.mT, ctx.tile"),
-    "dv runs forward in time": ("ctx.tile, decay_of, reverse=True", "ctx.tile, decay_of, reverse=False"),
-    "dk runs forward in time": (
-        "decay_of_transposed, reverse=True, x=k",
-        "decay_of_transposed, reverse=False, x=k",
-    ),
+    "dv runs forward in time": ("ctx.tile, reverse=True", "ctx.tile, reverse=False"),
+    "dk runs forward in time": ("x=k, reverse=True", "x=k, reverse=False"),
     "strides of a transposed state ignored": (
         "col_k[:, None] * state_k + col_v[None, :] * state_v",
         "col_k[:, None] * V + col_v[None, :]",
