@@ -99,10 +99,9 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
 
     With one decay per key channel, b_t is a vector. Then e^(b_t - b_s) goes inside the sum over channels of
     q_t . k_s, e^(b_t) multiplies q_t, and e^(b_L - b_s) multiplies k_s. No exponent is positive, so nothing
-    overflows at any decay. Shapes as at the top of this file.
+    overflows at any decay.
 
-    With beta, w_t (top of this file) takes the place of v_t in both lines. It depends on the values that the
-    chunk wrote before, and on S. With the unknowns on the left, its definition reads
+    With beta, w_t takes the place of v_t in both lines. Its definition, with the w of the chunk on the left:
 
         w_t + sum_{s < t} beta_t e^(b_t - b_s) (k_t . k_s) w_s = beta_t v_t - beta_t e^(b_t) S^T k_t
 
