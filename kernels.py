@@ -273,11 +273,11 @@ class TritonScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_a, state, tile):
-        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x. Pad
-        # T to whole chunks, sum within each chunk, and cut the padding off
+        # b_t as in chunked_scan, for all launches; in base 2, because a GPU computes 2^x faster than e^x.
+        # Steps with log_a = 0 fill up the last chunk
         T, chunk = log_a.shape[1], tile[0]
         b = F.pad(log_a * math.log2(math.e), (0, 0, 0, 0, 0, -T % chunk))
-        b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2)[:, :T].contiguous()
+        b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2).contiguous()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         o, final, _ = launch(q, k, v, b, state, tile)
         ctx.save_for_backward(q, k, v, b, state)
@@ -435,29 +435,27 @@ if triton is not None:
         col_v = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
         col_b = col_v if DECAY_OF == "value" else tl.arange(0, N)
 
-        # Pointers to this row and head of tensors (B, T, heads, size); the loop adds the steps
+        # Pointers to this row and head of tensors (B, T, heads, size); the loop adds the steps. b alone has
+        # whole chunks of steps
         q += (i_b * T * HQ + i_h // (H // HQ)) * K + col_k[None, :]
         k += (i_b * T * HK + i_h // (H // HK)) * K + col_k[None, :]
         v += (i_b * T * HV + i_h // (H // HV)) * V + col_v[None, :]
-        b += (i_b * T * HB + i_h // (H // HB)) * N + col_b[None, :]
+        b += (i_b * chunks * L * HB + i_h // (H // HB)) * N + col_b[None, :]
         state += i_b * state_b + i_h * state_h + col_k[:, None] * state_k + col_v[None, :] * state_v
         S = tl.load(state)
 
         same = t[:, None] == t[None, :]
         earlier = t[:, None] < t[None, :] if REVERSE else t[:, None] > t[None, :]
         for i in range(chunks):
-            # The chunk starts at t0 and has n_real steps; those past the end of T are filled up
+            # Load the chunk from t0 on: q_c, k_c (L, K), v_c (L, BLOCK), b_c (L, N) and b_L (1, N). Past the
+            # end of T, q, k and v are 0, and b repeats its last value
             t0 = (chunks - 1 - i if REVERSE else i) * L
-            n_real = tl.minimum(T - t0, L).to(tl.int32)
-            real = t[:, None] < n_real
-
-            # Load all its steps: q_c, k_c (L, K), v_c (L, BLOCK), b_c (L, N). Past the end q, k and v are 0,
-            # and b repeats its last value, because with b = 0 there b_s - b_t could overflow in reverse time
+            real = t[:, None] < (T - t0).to(tl.int32)
             q_c = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
             k_c = tl.load(k + t0 * (HK * K) + t[:, None] * (HK * K), mask=real, other=0.0)
             v_c = tl.load(v + t0 * (HV * V) + t[:, None] * (HV * V), mask=real, other=0.0)
-            b_c = tl.load(b + t0 * (HB * N) + tl.minimum(t, n_real - 1)[:, None] * (HB * N))
-            b_L = tl.load(b + (t0 + n_real - 1) * (HB * N))  # (1, N)
+            b_c = tl.load(b + t0 * (HB * N) + t[:, None] * (HB * N))
+            b_L = tl.load(b + (t0 + L - 1) * (HB * N))
             d_in = tl.exp2(b_L - b_c if REVERSE else b_c)
             d_out = tl.exp2(b_c if REVERSE else b_L - b_c)
 
@@ -484,7 +482,7 @@ if triton is not None:
                     half = 1 << level
                     piece = t // (2 * half)
                     second = t % (2 * half) >= half
-                    mid = tl.minimum(piece * (2 * half) + half - 1, n_real - 1)  # past the end b repeats
+                    mid = piece * (2 * half) + half - 1
                     b_mid = tl.load(b + t0 * (HB * N) + mid[:, None] * (HB * N))
                     to_mid = tl.exp2(tl.where(second[:, None], b_c - b_mid, b_mid - b_c))
                     same_piece = piece[:, None] == piece[None, :]

@@ -69,8 +69,8 @@ BUGS = {  # name: (text, what the bug makes of it)
     "levels overlap": ("piece[:, None] == piece[None, :]", "piece[:, None] // 2 == piece[None, :] // 2"),
     "levels read both ways": ("across = earlier & ", "across = "),
     "last decay of a ragged chunk taken too early": (
-        "b_L = tl.load(b + (t0 + n_real - 1)",
-        "b_L = tl.load(b + (t0 + tl.maximum(n_real - 2, 0))",
+        "b_L = tl.load(b + (t0 + L - 1)",
+        "b_L = tl.load(b + (t0 + tl.maximum(tl.minimum(T - t0, L) - 2, 0))",
     ),
     "wrong group for q": ("i_h // (H // HQ)", "i_h % HQ"),
     "wrong group for k": ("i_h // (H // HK)", "i_h % HK"),
