@@ -143,8 +143,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
     q, k = cut(q), cut(k)  # (B, n, G, L, K)
     v, log_a = cut(v), cut(log_a)  # (B, n, G, L, J, V), (B, n, G, L, J or K)
     b = log_a.cumsum(3)
-    # b_L - b_s; F.pad adds the 0 at s = L as a constant, because gradients of b_L - b_L cancel only up to
-    # rounding
+    # b_L - b_s; F.pad adds a constant 0 at s = L, because gradients of b_L - b_L cancel only up to rounding
     b_to_end = F.pad(b[..., -1:, :] - b[..., :-1, :], (0, 0, 0, 1))
 
     # 2. Compute the decayed scores q_t . k_s inside a chunk; q_in, which reads the state that enters; k_out
@@ -435,8 +434,8 @@ if triton is not None:
         col_v = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
         col_b = col_v if DECAY_OF == "value" else tl.arange(0, N)
 
-        # Pointers to this row and head of tensors (B, T, heads, size); the loop adds the steps. b alone has
-        # whole chunks of steps
+        # Pointers to this row and head of tensors (B, T, heads, size), in b with whole chunks for T; the loop
+        # adds the steps
         q += (i_b * T * HQ + i_h // (H // HQ)) * K + col_k[None, :]
         k += (i_b * T * HK + i_h // (H // HK)) * K + col_k[None, :]
         v += (i_b * T * HV + i_h // (H // HV)) * V + col_v[None, :]
