@@ -277,7 +277,7 @@ class TritonScan(torch.autograd.Function):
         T, chunk = log_a.shape[1], tile[0]
         b = F.pad(log_a * math.log2(math.e), (0, 0, 0, 0, 0, -T % chunk))
         b = b.unflatten(1, (-1, chunk)).cumsum(2).flatten(1, 2).contiguous()
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v, state = q.contiguous(), k.contiguous(), v.contiguous(), state.contiguous()
         o, final, _ = launch(q, k, v, b, state, tile)
         ctx.save_for_backward(q, k, v, b, state)
         ctx.tile = tile

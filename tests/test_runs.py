@@ -108,7 +108,7 @@ def test_a_run_made_by_other_code_is_refused_by_train_and_eval(name, made, edite
 UNRELATED = {
     "another intervention": ("lengthgen", "lambda x: std * normal_like", "lambda x: 2 * std * normal_like"),
     "another task": ("lengthgen", 'tokens[:] = ord("$")', 'tokens[:] = ord("%")'),
-    "another layer": ("lengthgen", "F.logsigmoid(decay_gate) / 16", "F.logsigmoid(decay_gate) / 8"),
+    "another layer": ("lengthgen", "F.logsigmoid(gate) / 16", "F.logsigmoid(gate) / 8"),
     "another measure": ("lengthgen", "return (whole - short) / count", "return (short - whole) / count"),
     "checkpoints of other libraries": ("lengthgen", 'kind == "mamba2":', 'kind in ("mamba2",):'),
     "a new intervention": (
