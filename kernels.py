@@ -458,45 +458,38 @@ if triton is not None:
             d_in = tl.exp2(b_L - b_c if REVERSE else b_c)
             d_out = tl.exp2(b_c if REVERSE else b_L - b_c)
 
-            # y (L, BLOCK): what q reads from the state that enters; scores (L, L): q_t . k_s without decay. A
-            # decay per key channel belongs inside q_t . k_s, so there the levels below add up the scores
-            if DECAY_OF == "key":
-                scores = tl.zeros((L, L), tl.float32)
-                qk_same = tl.sum(q_c.to(tl.float32) * k_c, 1, keep_dims=True)
-                y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
-            else:
-                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
-                qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
-                y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
-
-            # Add to y what q reads from the earlier steps s
+            # y (L, BLOCK): what q reads from the state that enters and from the steps s before t
             if DECAY_OF == "head":
                 gap = tl.trans(b_c) - b_c if REVERSE else b_c - tl.trans(b_c)  # (L, L), because N is 1
                 gap = tl.where(earlier, gap, float("-inf"))  # before exp2, because 2^(+large) * 0 is NaN
+                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+                qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
                 scores *= tl.exp2(gap)
-            else:
-                # pieces of 2 * half steps, as in decayed_scores: to_mid (L, N) is the decay between a step
-                # and the midpoint of its piece; `across`: are s and t in different halves of one piece?
-                for level in tl.static_range(LEVELS):
-                    half = 1 << level
-                    piece = t // (2 * half)
-                    second = t % (2 * half) >= half
-                    mid = piece * (2 * half) + half - 1
-                    b_mid = tl.load(b + t0 * (HB * N) + mid[:, None] * (HB * N))
-                    to_mid = tl.exp2(tl.where(second[:, None], b_c - b_mid, b_mid - b_c))
-                    same_piece = piece[:, None] == piece[None, :]
-                    across = earlier & same_piece & (second[:, None] != second[None, :])
-                    if DECAY_OF == "key":
-                        q_mid = (q_c * to_mid).to(in_dtype)
-                        k_mid = (k_c * to_mid).to(in_dtype)
-                        level_scores = tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee")
-                        scores += tl.where(across, level_scores, 0.0)
-                    else:  # v_s decays to the midpoint, and the sum over s decays from there to t
-                        level_scores = tl.where(across, scores, 0.0).to(in_dtype)
-                        v_mid = (v_c * to_mid).to(in_dtype)
-                        y += tl.dot(level_scores, v_mid, input_precision="ieee") * to_mid
-            if DECAY_OF != "value":
+                y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
                 y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
+            elif DECAY_OF == "key":
+                # as in decayed_scores: to_mid is the decay between a step and the midpoint of its piece, and
+                # `across` says which s and t are in different halves
+                scores = tl.zeros((L, L), tl.float32)
+                qk_same = tl.sum(q_c.to(tl.float32) * k_c, 1, keep_dims=True)
+                for level in tl.static_range(LEVELS):
+                    to_mid, across = halves(b + t0 * (HB * N), b_c, HB * N, t, 1 << level, earlier)
+                    q_mid = (q_c * to_mid).to(in_dtype)
+                    k_mid = (k_c * to_mid).to(in_dtype)
+                    level_scores = tl.dot(q_mid, tl.trans(k_mid), input_precision="ieee")
+                    scores += tl.where(across, level_scores, 0.0)
+                y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")
+                y = tl.dot(scores.to(in_dtype), v_c, y, input_precision="ieee")
+            else:
+                # a decay per column: v_s decays to the midpoint, and the sum over s decays from there to t
+                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
+                qk_same = tl.sum(tl.where(same, scores, 0.0), 1, keep_dims=True)
+                y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in
+                for level in tl.static_range(LEVELS):
+                    to_mid, across = halves(b + t0 * (HB * N), b_c, HB * N, t, 1 << level, earlier)
+                    level_scores = tl.where(across, scores, 0.0).to(in_dtype)
+                    v_mid = (v_c * to_mid).to(in_dtype)
+                    y += tl.dot(level_scores, v_mid, input_precision="ieee") * to_mid
 
             # Store x * y for d log a. Then add the step's own (q_t . k_t) v_t, and store the output
             row = (i_b * T + t0) * H + i_h + t[:, None] * H  # in o and x_o
@@ -520,6 +513,17 @@ if triton is not None:
             S = tl.dot(tl.trans(k_c), v_c, S, input_precision="ieee")
 
         tl.store(final + ((i_b * H + i_h) * K + col_k[:, None]) * V + col_v[None, :], S)
+
+    @triton.jit
+    def halves(b, b_c, stride, t, half, earlier):
+        """For the pieces of 2 * half steps of decayed_scores: the decay (L, N) between each step and its
+        midpoint, and a mask (L, L) of the s, t in different halves of one piece. b: where b_c begins"""
+        piece = t // (2 * half)
+        second = t % (2 * half) >= half
+        mid = piece * (2 * half) + half - 1
+        b_mid = tl.load(b + mid[:, None] * stride)
+        to_mid = tl.exp2(tl.where(second[:, None], b_c - b_mid, b_mid - b_c))
+        return to_mid, earlier & (piece[:, None] == piece[None, :]) & (second[:, None] != second[None, :])
 
     # Triton was imported with TRITON_INTERPRET set, so the kernel runs on a CPU, slowly
     INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)

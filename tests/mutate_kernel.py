@@ -42,12 +42,12 @@ BUGS = {  # name: (text, what the bug makes of it)
     "e instead of 2 as the base": ("scores *= tl.exp2(", "scores *= tl.exp("),
     "entering state not decayed, key rows": ("tl.dot((q_c * d_in).to(in_dtype)", "tl.dot(q_c.to(in_dtype)"),
     "entering state not decayed, one decay per head": (
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in',
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * (1.0 if DECAY_OF == "head" else d_in)',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in\n                y = tl.dot(scores',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee")\n                y = tl.dot(scores',
     ),
     "entering state not decayed, value columns": (
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in',
-        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * (d_in if DECAY_OF == "head" else 1.0)',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee") * d_in\n                for level',
+        'y = tl.dot(q_c, S.to(in_dtype), input_precision="ieee")\n                for level',
     ),
     "entering state not read, key rows": (
         'y = tl.dot((q_c * d_in).to(in_dtype), S.to(in_dtype), input_precision="ieee")',
@@ -66,8 +66,8 @@ BUGS = {  # name: (text, what the bug makes of it)
         "tl.where(~second[:, None], b_c - b_mid",
     ),
     "topmost level missing": ("int(math.log2(chunk))", "int(math.log2(chunk)) - 1"),
-    "levels overlap": ("piece[:, None] == piece[None, :]", "piece[:, None] // 2 == piece[None, :] // 2"),
-    "levels read both ways": ("across = earlier & ", "across = "),
+    "levels overlap": ("(piece[:, None] == piece[None, :])", "(piece[:, None] // 2 == piece[None, :] // 2)"),
+    "levels read both ways": ("return to_mid, earlier & ", "return to_mid, "),
     "last decay of a ragged chunk taken too early": (
         "b_L = tl.load(b + (t0 + L - 1)",
         "b_L = tl.load(b + (t0 + tl.maximum(tl.minimum(T - t0, L) - 2, 0))",
