@@ -120,6 +120,7 @@ def changed_losses(model, corpus, T, task, xlabel, change, amounts, B=32, window
     bins[:, : 4 * T] = -1
     losses = []
     for amount in amounts:
+        # amount=amount: the function keeps the amount of this round
         with lg.changed_decay(lambda log_a, amount=amount: change(log_a, amount)):
             total, count = lg.streaming_loss(model, tokens, bins, lg.segment_for(B))
         losses.append(total / count)
@@ -193,7 +194,7 @@ def exact_match(model, tokens, asked):
 
 # The runs that a figure compares: a list of their names, or {label: names of runs} where a curve has another
 # label than its run, or is drawn from several. "T26/base" is the base under {out}/T26.
-# Interventions that are added to lengthgen.py are compared with the others on echo and on plain text.
+# Interventions that are added to lengthgen.py are compared with the others on echo, plain text and passkey.
 # train.STYLES has those that we ship.
 ADDED = [name for name in lg.INTERVENTIONS if name not in train.STYLES]
 PAIR = ["base", "state_passing", *ADDED]
@@ -295,7 +296,7 @@ def measure_runs(model, measure, task, runs, args, corpus, device):
 
 
 def one_curve(measurements):
-    """The measurement of a curve: that of its run, or the last values of several runs, for "budget"."""
+    """The measurement for one curve: its run's own or, in "budget", the last value of each of its runs."""
     first = measurements[0]
     if len(measurements) == 1:
         return first
@@ -419,15 +420,10 @@ def measure_given(args, model):
         sizes["lengths"] = [2**i for i in range(windows.bit_length())]  # 1, 2, 4, ... up to windows
     measurement = measure(model, corpus, args.T, task, **sizes)
 
-    # the table, the verdict on losses, the picture, and the numbers
+    # the table, the verdict on losses and the picture, and the numbers
     name = os.path.basename(os.path.abspath(args.init))
     path = os.path.join(args.out, f"{what}-{name}")
-    panels = train.panels_of({name: [measurement]})
-    train.print_table(panels)
-    if what == "poswise":
-        train.print_verdict(panels)
-    train.draw(panels, f"{path}.png", f"{args.init} on {task}, T = {args.T} tokens")
-    print(f"picture: {path}.png")
+    train.report({name: measurement}, f"{path}.png", f"{args.init} on {task}, T = {args.T} tokens")
     numbers = dict(measurement, T=args.T, command=shlex.join(sys.argv))
     lg.write_text(f"{path}.json", json.dumps(numbers, indent=1))
 
@@ -490,7 +486,7 @@ def parse_arguments(argv):
     p.add_argument("--out", default="runs", help="folder of the runs")
     p.add_argument("--model", default="mamba2", choices=train.TINY_MODELS, help="architecture (mamba2)")
     p.add_argument("--seeds", type=train.positive_type, default=1, help="how many: 3 stands for 0, 1 and 2")
-    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (a GPU if there is)")
+    p.add_argument("--device", choices=["cuda", "mps", "cpu"], help="where to compute (GPU if there is one)")
     p.add_argument("--init", metavar="RUN", help="poswise, passkey, babilong, sample: this checkpoint")
     p.add_argument("--task", choices=lg.TASKS, help="with --init: what it reads (the task of its run)")
     p.add_argument("--T", type=train.positive_type, help="with --init: its training length (that of its run)")

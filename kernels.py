@@ -43,10 +43,10 @@ MIN_LOG_A = -30.0  # e^-30 is about 1e-13, below the precision of float32: the o
 
 
 def prepare(q, k, v, log_a, state, beta=None):
-    """Assert that the shapes fit. Returns log_a, the initial state, and B, T, G, H, K, V.
+    """Assert that the shapes fit. Returns log_a, the initial state, and the sizes B, T, G, H, K, V.
 
-    Both are in the dtype of all sums, float32 or float64, and log_a is clamped at MIN_LOG_A. Without the
-    clamp one very negative log_a would swamp the rest in the sums of chunked_scan, and -inf - -inf is NaN.
+    log_a and the state are in the dtype of all sums, float32 or float64. log_a is clamped at MIN_LOG_A,
+    because one very negative value would swamp the rest in the sums of chunked_scan, and -inf - -inf is NaN.
     """
     B, T, G, K = q.shape
     H, V = v.shape[2:]
@@ -127,7 +127,7 @@ def chunked_scan(q, k, v, log_a, state=None, chunk=32, beta=None):
 
     # 1. Cut T into n chunks of equal length L. Steps of zeros in front fill up the first chunk: k = 0 writes
     #    nothing and log_a = 0 forgets nothing
-    L = math.ceil(T / math.ceil(T / chunk))
+    L = math.ceil(T / math.ceil(T / chunk))  # as many chunks as needed, all as short as possible
     if per_channel:
         L = 1 << (L - 1).bit_length()  # the next power of two, for decayed_scores
     n = math.ceil(T / L)
@@ -293,12 +293,13 @@ class TritonScan(torch.autograd.Function):
         dk, _, k_dk = launch(v, do, q, b, dfinal.mT, ctx.tile, x=k, reverse=True)
         dv, dstate, _ = launch(k, q, do, b, dfinal, ctx.tile, reverse=True)
 
-        # a_t multiplies S_{t-1}, so d log a_t is S_{t-1} * R_{t-1}, summed over V. For t = 1 both factors are
-        # known, and from one step to the next the sum changes by two products, k_dk and q_dq:
+        # a_t multiplies S_{t-1}, so d log a_t = diag(a_t) S_{t-1} * dS_t = S_{t-1} * R_{t-1}, summed over V.
+        # At t = 1 both factors are known: the initial state and its gradient. From there on, step t adds k_dk
+        # and subtracts q_dq:
         #     sum(S_t * R_t) = sum(S_{t-1} * R_{t-1}) + k_t * (R_t v_t) - q_t * (diag(a_t) S_{t-1} dO_t)
-        # What step t itself writes and reads is in neither: it would cancel, but only up to rounding
+        # Both leave out what step t itself writes and reads, which would cancel, but only up to rounding
         initial = (state * dstate).sum(3)[:, None]  # (B, 1, H, K)
-        if b.shape[3] == 1:  # one log_a for all K
+        if b.shape[3] == 1:  # one decay per head: sum over K, which q_dq and k_dk have as blocks of columns
             initial, q_dq, k_dk = (x.sum(3, keepdim=True) for x in (initial, q_dq, k_dk))
         dlog_a = torch.cat([initial, (k_dk - q_dq)[:, :-1]], 1).cumsum(1)
         return sum_heads(dq, q), sum_heads(dk, k), dv, sum_heads(dlog_a, b), dstate, None
@@ -376,8 +377,9 @@ def choose_tile(q, v, per_channel):
 def launch(q, k, v, b, state, tile, x=None, reverse=False):
     """Run one role of the table in TritonScan; K and V are those of the role, swapped in dq and dk.
 
-    x: q in role dq, k in role dk, else None. Returns o, the final state and, if x is given, x * (o less its
-    term s = t): (B, T, H, V), or with one decay per head the sum over each block of columns.
+    x: q in role dq, k in role dk, else None. Returns o (B, T, H, V), the final state and, if x is given,
+    x * (o without its term s = t): (B, T, H, V), or with one decay per head (B, T, H, V // block), where the
+    columns of a block are summed.
     """
     T = v.shape[1]
     B, H, K, V = state.shape
@@ -413,12 +415,12 @@ if triton is not None:
         There are H heads of the state; q has HQ heads, k has HK, v and x have HV, and b has HB. b has N
         columns: 1, K or V. A chunk has L = 2^LEVELS steps. A program owns BLOCK columns of the state of one
         head. It walks through the chunks and keeps its piece of the state in registers. No two programs write
-        to the same place, so every run gives the same bits. A chunk follows the two lines of chunked_scan,
-        where s is t or earlier, that is, this role comes to it first. The decays are in base 2:
+        to the same place, so every run gives the same bits. A chunk follows the two lines of chunked_scan. In
+        reverse time, too, s runs over t and the steps that the role reaches before t. The decays, in base 2:
 
-                      from s to t      of S: d_in       of k_s v_s^T: d_out
-            forward   2^(b_t - b_s)    2^(b_t)          2^(b_L - b_s)
-            reverse   2^(b_s - b_t)    2^(b_L - b_t)    2^(b_s)
+                      from s to t      d_in: from the S that enters to t    d_out: from s to the S that leaves
+            forward   2^(b_t - b_s)    2^(b_t)                              2^(b_L - b_s)
+            reverse   2^(b_s - b_t)    2^(b_L - b_t)                        2^(b_s)
 
         If x is given, x_o gets x * o without s = t. All matmuls are "ieee": float32 stays float32, not TF32.
         """
@@ -434,8 +436,8 @@ if triton is not None:
         col_v = (i_block * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
         col_b = col_v if DECAY_OF == "value" else tl.arange(0, N)
 
-        # Pointers to this row and head of tensors (B, T, heads, size), in b with whole chunks for T; the loop
-        # adds the steps
+        # Pointers to this row and head of tensors (B, T, heads, size), where b has whole chunks, chunks * L
+        # steps, instead of T; the loop adds the steps
         q += (i_b * T * HQ + i_h // (H // HQ)) * K + col_k[None, :]
         k += (i_b * T * HK + i_h // (H // HK)) * K + col_k[None, :]
         v += (i_b * T * HV + i_h // (H // HV)) * V + col_v[None, :]
@@ -446,8 +448,9 @@ if triton is not None:
         same = t[:, None] == t[None, :]
         earlier = t[:, None] < t[None, :] if REVERSE else t[:, None] > t[None, :]
         for i in range(chunks):
-            # Load the chunk from t0 on: q_c, k_c (L, K), v_c (L, BLOCK), b_c (L, N) and b_L (1, N). Past the
-            # end of T, q, k and v are 0, and b repeats its last value
+            # Load the chunk from t0 on: q_c, k_c (L, K), v_c (L, BLOCK), b_c (L, N) and b_L (1, N); a decay
+            # per column has BLOCK instead of N. Past the end of T, q, k and v are 0, and b repeats its last
+            # value
             t0 = (chunks - 1 - i if REVERSE else i) * L
             real = t[:, None] < (T - t0).to(tl.int32)
             q_c = tl.load(q + t0 * (HQ * K) + t[:, None] * (HQ * K), mask=real, other=0.0)
@@ -516,8 +519,8 @@ if triton is not None:
 
     @triton.jit
     def halves(b, b_c, stride, t, half, earlier):
-        """For the pieces of 2 * half steps of decayed_scores: the decay (L, N) between each step and its
-        midpoint, and a mask (L, L) of the s, t in different halves of one piece. b: where b_c begins"""
+        """For the pieces of 2 * half steps of decayed_scores: the decay, shaped as b_c, between each step and
+        its midpoint, and a mask (L, L) of the s, t in different halves of one piece. b: where b_c begins"""
         piece = t // (2 * half)
         second = t % (2 * half) >= half
         mid = piece * (2 * half) + half - 1

@@ -112,17 +112,17 @@ def map_state(function, *states):
 class Layer(nn.Module):
     """What the layers share. A layer is called as y, state = layer(x, state), with x and y (B, T, D).
 
-    It computes q, k, v and log_a from x and leaves the recurrence to kernels.scan:
+    state is a LayerState. A layer computes q, k, v and log_a from x and leaves the recurrence to the scan:
 
         S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        a_t = exp(log_a_t) in [0, 1]
     """
 
     OFFICIAL = {}  # the official values of those fields of ModelConfig that are None
-    # HAS_MLP: built as in flash-linear-attention. An MLP follows the layer in every block, and all matrices
-    # and convolutions start with the std 0.02
+    # Is the model built as in flash-linear-attention? Then an MLP follows the layer in every block, and all
+    # matrices and convolutions start with the std 0.02
     HAS_MLP = False
     HAS_BETA = False  # does the layer give the scan a beta, for the delta rule of section 7?
-    channels = 0  # how many go through convolutions; the __init__ of a layer sets it, and H, K and V
+    channels = 0  # how many channels go through convolutions; __init__ sets this, self.H, self.K and self.V
 
     def __init__(self, config):
         super().__init__()
@@ -519,7 +519,7 @@ class StateStatistics:
         def average(old, new):
             return old + weight * (new - old)
 
-        # the first weight is 1, so then any numbers will do for the old ones
+        # the first update has no old averages; its weight is 1, so the new ones can stand in for them
         mean = map_state(batch_mean, state)
         mean_square = map_state(lambda x: batch_mean(x.float() ** 2), state)
         self.mean = map_state(average, self.mean or mean, mean)
@@ -667,7 +667,7 @@ def copy(rows, T, shortest=5, longest=20):
             letters = torch.randint(ord("a"), ord("z") + 1, (n,), generator=rows.rng).tolist()
             row += [ord("$"), *letters, ord("|"), *letters, ord(".")]
             if len(row) <= T:
-                # its last n + 1 targets: the copied letters and the "."; part[i] belongs to token i + 1
+                # the string's last n + 1 targets, letters and "."; part[i] belongs to token i + 1
                 part[b, len(row) - n - 2 : len(row) - 1] = [1] * n + [2]
         tokens[b, :T] = row[:T]
     return tokens, part
@@ -772,6 +772,7 @@ def babilong(rows, T):
         line_ends = np.append(np.flatnonzero(np.isin(background[b, :n], newline_tokens)) + 1, n)
         places = torch.randint(n + 1, (len(facts),), generator=rows.rng).sort().values.numpy()
         places = line_ends[np.searchsorted(line_ends, places)]
+        # np.insert puts every token of the facts in front of the background token at its place
         place_of_token = np.repeat(places, [len(fact) for fact in facts])
         window = np.insert(background[b, :n], place_of_token, np.concatenate(facts))
         tokens[b, 1:T] = [*window, *asked]
@@ -991,6 +992,7 @@ def changed_decay(change):
     def changed_scan(q, k, v, log_a, state, backend, beta=None):
         return kernels.scan(q, k, v, change(log_a), state, backend, beta)
 
+    # the global `scan` of this file, until the block ends
     return mock.patch(f"{__name__}.scan", changed_scan)
 
 
@@ -1020,7 +1022,8 @@ def effective_remembrance(model, tokens, starts, end):
     tokens = torch.as_tensor(tokens).to(model.lm_head.weight.device)
     zero_state = model.zero_state(len(tokens))
 
-    # x[0:] and the suffixes x[t:] run as one batch, which grows by B rows from zeros at 0 and at each t
+    # x[0:] and the suffixes x[t:] run as one batch, which B rows from zeros join at 0 and at each t; `copies`
+    # counts these groups of B rows
     state = model.zero_state(0)
     for copies, (start, stop) in enumerate(itertools.pairwise([0, *starts, end]), 1):
         state = map_state(lambda x, new_rows: torch.cat([x, new_rows]), state, zero_state)
@@ -1401,7 +1404,8 @@ CHECKPOINT = "checkpoint.pt"  # of train.py
 
 # the settings that are read from config.json, by their names there
 MAMBA_SSM = ("d_model", "n_layer", "vocab_size", "tie_embeddings", "pad_vocab_size_multiple")
-MAMBA_SSM_1 = (*MAMBA_SSM, "d_state", "d_conv", "expand", "dt_rank")  # all but those of MAMBA_SSM in ssm_cfg
+# mamba_ssm keeps the settings of its layers, here those after *MAMBA_SSM, in a dictionary "ssm_cfg"
+MAMBA_SSM_1 = (*MAMBA_SSM, "d_state", "d_conv", "expand", "dt_rank")
 MAMBA_SSM_2 = (*MAMBA_SSM, "d_state", "d_conv", "expand", "headdim", "ngroups")
 TRANSFORMERS = ("hidden_size", "num_hidden_layers", "tie_word_embeddings", "layer_norm_epsilon", "vocab_size")
 TRANSFORMERS += ("state_size", "conv_kernel", "expand", "head_dim", "n_groups", "time_step_rank")
@@ -1421,7 +1425,7 @@ OUR_FIELD = {  # a setting's name there: our field, where they differ
 }
 
 # kind: (our layer, names of settings, values of our fields that the file leaves out). The kind is model_type
-# or, in mamba_ssm, the "layer" of ssm_cfg. The first kind with a layer is the one that we write.
+# or, in mamba_ssm, the "layer" of ssm_cfg. Of two kinds with the same layer, export_model writes the first.
 KINDS = {
     "Mamba1": ("mamba1", MAMBA_SSM_1, dict(pad_vocab_size_multiple=8)),
     "Mamba2": ("mamba2", MAMBA_SSM_2, dict(pad_vocab_size_multiple=8)),
@@ -1432,7 +1436,7 @@ KINDS = {
     "gated_deltanet": ("gdn", (*FLA, "head_dim", "conv_size"), {}),
 }
 
-# settings that change the formulas and that the names and shapes of the weights do not show; REQUIRED is
+# settings that change the formulas, above all those that no weight's name or shape would show; REQUIRED is
 # {names of settings: the values that our formulas allow}, and a file without the setting has the first value
 REQUIRED = {
     ("rms_norm", "use_gate"): [True],
@@ -1443,8 +1447,8 @@ REQUIRED = {
     ("dt_limit", "time_step_limit"): [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]],
 }
 
-# parts of the names of weights, ours: those of mamba_ssm and of fla; in this order, because "norm_f." becomes
-# a name with ".norm." in it
+# {part of our name of a weight: (that part in mamba_ssm, in fla)}. The order counts when a model is exported:
+# ".norm." comes before "norm_f.", which becomes "model.norm." in fla
 NAMES = {
     "embedding.": ("backbone.embedding.", "model.embeddings."),
     "layers.": ("backbone.layers.", "model.layers."),
@@ -1578,8 +1582,9 @@ def check_weights(config, weights):
 
     # a tied weight may be there under one of its names only
     if config.tie_embeddings:
-        weights.setdefault("embedding.weight", weights.get("lm_head.weight"))
-        weights.setdefault("lm_head.weight", weights["embedding.weight"])
+        for name, other in itertools.permutations(("embedding.weight", "lm_head.weight")):
+            if other in weights:
+                weights.setdefault(name, weights[other])
 
     # build a model only to check: PyTorch's error names what is missing, extra or misshapen
     model_from_checkpoint(dict(config=asdict(config), model=weights))
@@ -1625,7 +1630,7 @@ def export_model(model, folder, dtype=torch.float32):
         if field not in names and getattr(config, field) != getattr(assumed, field):
             raise ValueError(f"the other library has no setting for {field} {getattr(config, field)}")
     for pattern in (CHECKPOINT, "model*.safetensors", "pytorch_model-*.bin"):
-        for file in glob.glob(pattern, root_dir=folder):
+        for file in glob.glob(pattern, root_dir=folder):  # the first one is enough to refuse
             raise ValueError(f"{folder}/{file} would be read instead of this model: choose another folder")
 
     # the weights by the library's names

@@ -108,10 +108,10 @@ def parse_arguments(argv):
     p.add_argument("--tokenizer", help="bytes, a tiktoken name or a tokenizer.json (bytes, or as --init)")
     p.add_argument("--T", type=positive_type, help="training length in tokens (of the task, or of --init)")
     p.add_argument("--init", metavar="NAME", help="start from this run, or a checkpoint on disk or the hub")
-    p.add_argument("--steps", type=positive_type, help="optimizer steps (base 1400, of mixed 1840; cure 500)")
-    p.add_argument("--lr", type=rate_type, help="peak (base 3e-3, of mixed 5e-3; cure 1e-3; large: by size)")
+    p.add_argument("--steps", type=positive_type, help="optimizer steps (1400; base of mixed 1840; cure 500)")
+    p.add_argument("--lr", type=rate_type, help="peak (3e-3; base of mixed 5e-3; cure 1e-3; large: by size)")
     p.add_argument("--batch", type=positive_type, help="rows of a micro-batch on each rank (64; large: 8)")
-    p.add_argument("--accumulate", type=positive_type, help="micro-batches of a step (1; large: 0.5M tokens)")
+    p.add_argument("--accumulate", type=positive_type, help="micro-batches of a step (1; large: by tokens)")
     p.add_argument("--carry", choices=["full", "scan"], help="the state that is handed over (full)")
     p.add_argument("--zero-prob", type=share_type, help="share of rows from zeros (0.5; large: 0.1)")
     p.add_argument("--noise-std", type=not_negative_type, help="standard deviation of random_noise (1)")
@@ -209,7 +209,7 @@ def make_optimizer(model):
 
 
 class Carried:
-    """What one rank hands from step to step besides the weights: rows of text, states, statistics and noise.
+    """What one rank hands from step to step besides the weights: texts, states, statistics, random generator.
 
     Each micro-batch of a step is a slot with rows and a state of its own, which starts from the final state
     of the same slot in the step before, not from the micro-batch before. So with accumulation, too, "the
@@ -218,7 +218,7 @@ class Carried:
 
     def __init__(self, model, corpus, settings):
         _, rows_continue = lg.INTERVENTIONS[settings.intervention]
-        seed = 1000 * settings.seed + RANK  # other numbers for each seed, rank and slot, and for the noise
+        seed = 1000 * settings.seed + RANK  # other numbers for each seed, rank and slot, and for the rng
         self.rows = []
         self.states = []  # the initial states of the next step
         for slot in range(settings.accumulate):
@@ -285,7 +285,7 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
         print_rank0(f"{folder}: goes on after step {steps_done}, where the same run was stopped")
     saved_step = steps_done
     metrics_file = Path(folder, "metrics.jsonl")
-    if RANK == 0:  # each step has a line; those of steps after the checkpoint go
+    if RANK == 0:  # one line for each step; drop the lines of steps after the checkpoint
         metrics_file.touch()
         lines = metrics_file.read_text(errors="replace").splitlines(keepends=True)
         lg.write_text(metrics_file, "".join(lines[:steps_done]))
@@ -353,9 +353,9 @@ def train(model, corpus, settings, folder, device, signals, compile=False):
 
 def alone_in(folder):
     """Wait until no other process trains in the folder. Returns a context that keeps others out."""
-    # the first rank waits for other programs, the other ranks for the first one
     os.makedirs(folder, exist_ok=True)
     alone = contextlib.nullcontext()
+    # the first rank waits here for other programs, the other ranks at the barrier for the first one
     if RANK == 0:
         lock = FileLock(os.path.join(folder, "lock"))
         try:
@@ -389,8 +389,10 @@ def catch_signals():
 
 def save_run(folder, run, model, optimizer, carried, step, seconds):
     """Write everything that a run of one or several ranks needs to go on."""
-    all_ranks = [carried.state_dict()] * RANKS
-    if dist.is_initialized():  # put what every rank carries into its own place
+    # what every rank carries; at first each rank knows only its own
+    all_ranks = [None] * RANKS
+    all_ranks[RANK] = carried.state_dict()
+    if dist.is_initialized():
         dist.all_gather_object(all_ranks, all_ranks[RANK])
     checkpoint = dict(run, step=step, seconds=seconds, carried=all_ranks, versions=VERSIONS)
     checkpoint.update(model=model.state_dict(), optimizer=optimizer.state_dict())
@@ -506,7 +508,8 @@ def sources(*roots, modules=("kernels", "lengthgen")):
 def read_source(item):
     """The checksum of the source of a function or class, and the names in it, like "scan" or "lg.Rows".
 
-    Cached, because the file may be edited while this process still runs the old code.
+    Names like "self.K", which stand for nothing in the module, are among them. Cached, because the file may
+    be edited while this process still runs the old code.
     """
     source = inspect.getsource(item)
     names = set()
@@ -568,7 +571,8 @@ class Progress:
     """
 
     def __init__(self):
-        self.started = self.printed = time.time()  # printed: when it printed last
+        self.started = time.time()
+        self.printed = self.started  # when it printed last; until the first time, the same as started
 
     def __call__(self, done):
         now = time.time()
@@ -610,8 +614,10 @@ def panels_of(found, seeds=1):
         first = measurements[0]
         for title in first["values"]:
             values = [measurement["values"][title] for measurement in measurements]
-            empty = dict(title=title, xlabel=first["xlabel"], ylabel=first["ylabel"], seeds=seeds, curves={})
-            panels.setdefault(title, empty)["curves"][label] = (first["x"], values)
+            if title not in panels:
+                axes = dict(xlabel=first["xlabel"], ylabel=first["ylabel"])
+                panels[title] = dict(title=title, **axes, seeds=seeds, curves={})
+            panels[title]["curves"][label] = (first["x"], values)
     return list(panels.values())
 
 
@@ -645,7 +651,8 @@ def print_row(first, values, form):
 def print_verdict(panels):
     """Say whether each curve of losses that goes past T stays as low there as before T."""
     print()
-    for panel in panels:
+    losses = [panel for panel in panels if "loss" in panel["ylabel"]]
+    for panel in losses:
         for label, (x, values) in panel["curves"].items():
             loss = np.mean(values, 0)
             in_T = x.index(1)  # the range of positions that ends at T
@@ -659,8 +666,8 @@ def print_verdict(panels):
                 verdict = "gets worse past T"
             else:
                 verdict = "breaks past T"
-            losses = f"{panel['title']} loss {loss[in_T]:.2f} in T, at worst {worst:+.2f} beyond"
-            print(f"{name_of(label, panel)}: {losses}: {verdict}")
+            summary = f"{panel['title']} loss {loss[in_T]:.2f} in T, at worst {worst:+.2f} beyond"
+            print(f"{name_of(label, panel)}: {summary}: {verdict}")
 
 
 def draw(panels, path, title):
@@ -708,7 +715,7 @@ def draw(panels, path, title):
 
 
 def report(found, path, title):
-    """The table, the verdict and the picture of losses by position. found: {label: a measurement}"""
+    """The table, the verdict on losses, and the picture. found: {label: a measurement}"""
     panels = panels_of({label: [measurement] for label, measurement in found.items()})
     print_table(panels)
     print_verdict(panels)
@@ -740,7 +747,7 @@ def fill_in(args, init):
 
 
 def settings_of(args, corpus, recipe, asked):
-    """The settings of a run: the defaults and a recipe, or instead what `asked` has, {option: value}."""
+    """The settings of a run: DEFAULTS and a recipe; an option in `asked`, {name: value}, replaces theirs."""
     settings = DEFAULTS | RECIPES[recipe]
     for name in settings:
         if asked.get(name) is not None:
@@ -783,10 +790,11 @@ def main(argv=None):
         check_vocabulary(model, corpus, args.init)
         print_rank0(f"base: {args.init}")
         tell_scan(model)
-        # its losses are kept in its folder if that is a run on this task, T and text, else in the cure's
+        # the losses of the base are kept in its own folder if it is a run on this task, T and text, else in
+        # the folder of the cure
         trained_on = (init["settings"]["task"], init["settings"]["T"], init.get("made_from", {}).get("text"))
-        is_its_own = trained_on == (args.task, args.T, corpus.checksum) and os.path.isdir(args.init)
-        measured_in = args.init if is_its_own else os.path.join(folder, "init")
+        is_run_on_this = os.path.isdir(args.init) and trained_on == (args.task, args.T, corpus.checksum)
+        measured_in = args.init if is_run_on_this else os.path.join(folder, "init")
         losses = load_or_measure(measured_in, loss_by_position, model, corpus, args.T, args.task)
     else:
         torch.manual_seed(args.seed)
