@@ -394,7 +394,7 @@ def command_lines(experiment, model, seed, args):
         for name in names:
             line = template.format(out=out, runs=f"{out}/{model}", seed=seed, name=name)
             line += f" --model {model} --seed {seed}"
-            if "--out" not in line:
+            if "--out" not in template:
                 line += f" --out {out}"
             if args.device:
                 line += f" --device {args.device}"

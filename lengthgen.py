@@ -1484,7 +1484,7 @@ def load_checkpoint(name_or_folder):
         their_settings = json.load(f)
         config = import_settings(their_settings)
     with reading(folder, "a checkpoint"):
-        weights = check_weights(config, rename_weights(weights))
+        weights = check_weights(config, rename_weights(config, weights))
 
     # the tokenizer: one in the folder, or that of the official Mambas, whose config.json has no model_type
     settings = dict(task="text", T=2048, tokenizer=None, model=os.path.basename(os.path.abspath(name)))
@@ -1553,17 +1553,19 @@ def import_settings(theirs):
             if not isinstance(value, (int, float)):
                 raise ValueError(f"its {name} is {value!r}, expected a number")
             config[OUR_FIELD.get(name, name)] = value
+    for name in ("residual_in_fp32", "fused_add_norm"):  # how to compute, which changes no result
+        settings.pop(name, None)
     if settings:
         print(f"config.json: settings that are not read here: {', '.join(settings)}", flush=True)
     return ModelConfig(**config)
 
 
-def rename_weights(theirs):
+def rename_weights(config, theirs):
     """The weights of another library by our names."""
     ours = {}
     for name, x in theirs.items():
-        if name.endswith(".attn.D"):
-            continue  # of Gated DeltaNet in older versions of fla; no formula uses this weight
+        if config.layer == "gdn" and name.endswith(".attn.D"):
+            continue  # no formula uses this weight of older versions of fla
         # two names differ in transformers and in older versions of fla
         name = name.replace("backbone.embeddings.", "backbone.embedding.")
         name = name.replace(".g_norm.", ".g_norm_swish_gate.")

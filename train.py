@@ -515,8 +515,10 @@ def read_source(item):
     names = set()
     with contextlib.suppress(SyntaxError):  # of a lambda, whose source is a piece of a statement
         for node in ast.walk(ast.parse(textwrap.dedent(source))):
-            if isinstance(node, (ast.Name, ast.Attribute)):
-                names.add(ast.unparse(node))
+            if isinstance(node, ast.Name):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names.add(f"{node.value.id}.{node.attr}")
     return zlib.crc32(source.encode()), sorted(names)
 
 
